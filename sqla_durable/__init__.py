@@ -11,6 +11,7 @@ is `__init__.pyi`; tests/test_exports.py proves that both say the same.
 from importlib import import_module as _import_module
 
 _NAMES = {
+    "api.blobs": "BlobReader BlobWriter create_blob open_blob",
     "api.callbacks": "Callback complete_callback create_callback fail_callback heartbeat_callback",
     "api.children": "Child as_completed map_children start_child wait_first",
     "api.durable": "Durable",
@@ -27,6 +28,7 @@ _NAMES = {
     "api.updates": "UpdateHandle send_update start_with_update update_handle",
     "api.options": "StartOptions",
     "api.workflows": "BoundWorkflow WorkflowFunction start_many",
+    "definitions.blobs": "Blob",
     "definitions.failure": "is_recorded_error",
     "definitions.interceptors": "Execution Interceptor Start StepExecution",
     "definitions.payloads": "Encryption PayloadCodec Zstandard",

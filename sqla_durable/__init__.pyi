@@ -1,6 +1,7 @@
 """What type checkers read of `sqla_durable`; `__init__.py` imports the same names when they are first used."""
 
 from sqla_durable import errors, manage, migrations, models, unwinding
+from sqla_durable.api.blobs import BlobReader, BlobWriter, create_blob, open_blob
 from sqla_durable.api.callbacks import Callback, complete_callback, create_callback, fail_callback, heartbeat_callback
 from sqla_durable.api.children import Child, as_completed, map_children, start_child, wait_first
 from sqla_durable.api.durable import Durable
@@ -26,6 +27,7 @@ from sqla_durable.api.tags import set_tags
 from sqla_durable.api.update_requests import UpdateRequest, wait_update
 from sqla_durable.api.updates import UpdateHandle, send_update, start_with_update, update_handle
 from sqla_durable.api.workflows import BoundWorkflow, WorkflowFunction, start_many
+from sqla_durable.definitions.blobs import Blob
 from sqla_durable.definitions.failure import is_recorded_error
 from sqla_durable.definitions.interceptors import Execution, Interceptor, Start, StepExecution
 from sqla_durable.definitions.payloads import Encryption, PayloadCodec, Zstandard
@@ -39,6 +41,9 @@ from sqla_durable.runtime.context import WorkflowLogFilter, current, current_ste
 __version__: str
 
 __all__ = [
+    "Blob",
+    "BlobReader",
+    "BlobWriter",
     "BoundWorkflow",
     "Callback",
     "Child",
@@ -76,6 +81,7 @@ __all__ = [
     "as_completed",
     "close_stream",
     "complete_callback",
+    "create_blob",
     "create_callback",
     "current",
     "current_step",
@@ -93,6 +99,7 @@ __all__ = [
     "migrations",
     "models",
     "new_uuid",
+    "open_blob",
     "parallel",
     "patched",
     "random_number",

@@ -28,8 +28,8 @@ from sqla_durable.errors import (
 from sqla_durable.operations import callback
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Runtime
+from sqla_durable.store import blobs, keys
 from sqla_durable.store import callbacks as statements
-from sqla_durable.store import keys
 
 T = TypeVar("T", default=Any)
 C = TypeVar("C")
@@ -259,6 +259,7 @@ def _answer(session: Session, *, token: _Token, value: str = "", error: str = ""
     key, name = _hold(session, token)
     place = Place.of(token.workflow_id, f"callback {key}")
     payload = error or f'{{"value": {Payloads.of_workflow(name).seal(value, place)}}}'
+    blobs.adopt_in(session, error or value, token.workflow_id)
     found = _read_callback(session, token, key, payload)
     if found.is_same:
         return

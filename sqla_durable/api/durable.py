@@ -18,6 +18,7 @@ from sqla_durable.api.steps import (
     TransactionalStep,
 )
 from sqla_durable.api.workflows import AnyWorkflowFunction, AsyncWorkflowFunction, WorkflowFunction
+from sqla_durable.definitions.blobs import ObjectStore
 from sqla_durable.definitions.checks import require_text
 from sqla_durable.definitions.error_classes import KnownErrors
 from sqla_durable.definitions.inspection import SessionKind, place_of
@@ -85,12 +86,14 @@ class Durable:
             every worker, and known to workers only. To change it, give a list, the new one first.
         payloads: how inputs, results and whatever else workflows store are encoded, in this order, instead of plain
             JSON: `[Zstandard(), Encryption({"2026-11": key})]`. See docs, "Payloads".
+        blobs: where the bytes of `create_blob` are, a URL of fsspec: "s3://bucket/documents". By default they are in a
+            table. See docs, "Blobs".
         version: the version of the code, which every start records. By itself it changes nothing: a worker with
             `versions=` claims those only. See docs, "Changing code".
 
     Raises:
         DefinitionError: an interceptor is none; or the version is blank, or cannot be stored; or the limit is no limit;
-            or one of `errors` is no class of exceptions; or a secret is too short.
+            or one of `errors` is no class of exceptions; or a secret is too short; or `blobs` is no URL of a store.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Durable:
         error_details: bool = False,
         secret: str | list[str] | None = None,
         payloads: Iterable[PayloadCodec] = (),
+        blobs: str | None = None,
     ) -> None:
         self.sessionmaker = sessionmaker
         self.async_sessionmaker = async_sessionmaker
@@ -119,6 +123,7 @@ class Durable:
             secrets=encode_secrets(secret),
             interceptors=Interceptors(interceptors),
             payloads=Payloads(payloads),
+            blobs=None if blobs is None else ObjectStore(blobs),
         )
 
     def intercept(self, *interceptors: Interceptor) -> None:

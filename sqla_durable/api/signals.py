@@ -24,7 +24,7 @@ from sqla_durable.definitions.payloads import Payloads, Place
 from sqla_durable.errors import KeyNotVisibleError
 from sqla_durable.models import Workflow
 from sqla_durable.operations import waiting
-from sqla_durable.store import signals
+from sqla_durable.store import blobs, signals
 from sqla_durable.store import workflows as store_workflows
 from sqla_durable.store.keys import SnapshotKept
 
@@ -98,6 +98,7 @@ class _NewSignal:
         if ids:
             with sending(self.name, ids):
                 self._insert_all(session, names)
+            blobs.adopt_in(session, self.payload, ids[0])
             hints.announce(session, *hints.merged(hints.sent_to(each, self.name) for each in ids))
 
     def _receivers(self, session: Session, ids: Sequence[UUID]) -> dict[UUID, str]:

@@ -34,7 +34,7 @@ from sqla_durable.errors import (
     UpdateRejectedError,
 )
 from sqla_durable.models import Workflow
-from sqla_durable.store import keys
+from sqla_durable.store import blobs, keys
 from sqla_durable.store import updates as statements
 from sqla_durable.store.updates import Sent
 
@@ -343,6 +343,7 @@ class NewUpdate(Generic[S]):
         session.flush()  # a workflow that was only just started is not in the table yet
         workflow_id = id_of(workflow)
         update_id = self._sent(session, workflow_id)
+        blobs.adopt_in(session, self.payload, workflow_id)
         hints.announce(session, hints.sent_to(workflow_id, statements.signal_of(self.name)))
         return workflow_id, update_id
 

@@ -25,6 +25,7 @@ from sqla_durable.api.options import OnConflict, StartOptions, Unique
 from sqla_durable.api.polling import AsyncHandle, Handle, PollingEngine, session_of
 from sqla_durable.api.sessions import id_of, in_savepoint, require_session, write, write_in_either
 from sqla_durable.api.steps import DurableFunction
+from sqla_durable.definitions.blobs import MARK, blobs_in
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.interceptors import Start
 from sqla_durable.definitions.payloads import Payloads, owner_of_key
@@ -33,7 +34,7 @@ from sqla_durable.errors import ArgumentError, KeyNotVisibleError, UsageError
 from sqla_durable.models import Workflow
 from sqla_durable.operations.workflow import continue_as_new
 from sqla_durable.runtime.context import Context, active
-from sqla_durable.store import KeyRule, NewWorkflow, starts
+from sqla_durable.store import KeyRule, NewWorkflow, blobs, starts
 from sqla_durable.store.keys import SnapshotKept
 
 _BATCH = starts.MOST_AT_ONCE
@@ -48,6 +49,7 @@ class BoundWorkflow:
 
     new: NewWorkflow
     rule: KeyRule | None = None
+    blobs: tuple[UUID, ...] = ()
 
 
 def _in_common(definition: WorkflowDefinition, options: StartOptions) -> tuple[Any, ...]:
@@ -135,6 +137,14 @@ def start(session: Session, bound: BoundWorkflow) -> Workflow:
 
 def add(session: Session, bound: BoundWorkflow) -> Workflow:
     """Add a workflow as `start` does, without a hint to workers: it is executed here."""
+    workflow = _added(session, bound)
+    if bound.blobs:
+        session.flush()
+        blobs.adopt(session, dict.fromkeys(bound.blobs, workflow.id))
+    return workflow
+
+
+def _added(session: Session, bound: BoundWorkflow) -> Workflow:
     if bound.new.key is None:
         return starts.add(session, bound.new)
     if bound.rule is not None:
@@ -178,6 +188,7 @@ def _start_many(session: Session, *, bound: Iterable[BoundWorkflow]) -> list[UUI
     new = [each.new for each in given]
     has_rules = any(each.rule is not None for each in given)
     ids = _start_all(session, given) if has_rules else _start_plain(session, new)
+    blobs.adopt(session, {blob: at for each, at in zip(given, ids, strict=True) for blob in each.blobs})
     hints.announce(session, *_hints_for(new))
     return ids
 
@@ -245,7 +256,7 @@ def _started_in(context: Context, bound: BoundWorkflow) -> BoundWorkflow:
     attempt.note_child()
     detached = new.detached or attempt.is_compensating
     child = new._replace(parent_id=attempt.workflow_id, parent_key=step.position.key, detached=detached)
-    return BoundWorkflow(child, bound.rule)
+    return replace(bound, new=child)
 
 
 def _hints_for(given: Iterable[NewWorkflow]) -> set[str]:
@@ -343,7 +354,8 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         new = NewWorkflow._make((uuid7(), self.definition.name, given, *self.in_common, None))
         if self.definition.durable_options.payloads.codecs:
             new = _sealed(self, new)
-        return BoundWorkflow(with_headers(self.definition, new), self.rule)
+        found = blobs_in(given) if MARK in given else ()
+        return BoundWorkflow(with_headers(self.definition, new), self.rule, found)
 
     @cached_property
     def in_common(self) -> tuple[Any, ...]:
@@ -381,7 +393,8 @@ class AnyWorkflowFunction(DurableFunction[P, R]):
         assigned to a relationship before. With a key one INSERT is executed now; it waits for another transaction
         that is inserting the same key, takes its record if it commits, and leaves the caller's transaction usable.
         In REPEATABLE READ and SERIALIZABLE that wait ends with `KeyNotVisibleError` if the other one commits.
-        In a step of another workflow the record is that one's child; see `start_child`.
+        In a step of another workflow the record is that one's child; see `start_child`. Blobs among the arguments that
+        belong to no workflow are this one's from now on; with one, the session is flushed at once.
 
         Args:
             session: the caller's session; with an `AsyncSession`, await the call.

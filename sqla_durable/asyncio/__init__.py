@@ -4,6 +4,7 @@ What the code of an `async def` workflow calls, what is called with an `AsyncSes
 Everything else, such as `Durable` and `Worker`, is imported from `sqla_durable`.
 """
 
+from sqla_durable.api.blobs import AsyncBlobReader, AsyncBlobWriter
 from sqla_durable.api.callbacks import AsyncCallback
 from sqla_durable.api.children import AsyncChild
 from sqla_durable.api.polling import AsyncHandle
@@ -19,6 +20,7 @@ from sqla_durable.asyncio.transactions import (
     fail_callback,
     get_event,
     heartbeat_callback,
+    open_blob,
     read_stream,
     running_steps,
     send_signal,
@@ -31,6 +33,7 @@ from sqla_durable.asyncio.transactions import (
 from sqla_durable.asyncio.workflows import (
     as_completed,
     close_stream,
+    create_blob,
     create_callback,
     current_time,
     heartbeat,
@@ -55,6 +58,8 @@ from sqla_durable.execution.executor import AsyncExecutor
 from sqla_durable.runtime.context import current, current_step
 
 __all__ = [
+    "AsyncBlobReader",
+    "AsyncBlobWriter",
     "AsyncCallback",
     "AsyncChild",
     "AsyncExecutor",
@@ -68,6 +73,7 @@ __all__ = [
     "as_completed",
     "close_stream",
     "complete_callback",
+    "create_blob",
     "create_callback",
     "current",
     "current_step",
@@ -81,6 +87,7 @@ __all__ = [
     "manage",
     "map_children",
     "new_uuid",
+    "open_blob",
     "patched",
     "random_number",
     "read_stream",

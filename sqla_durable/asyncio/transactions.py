@@ -10,6 +10,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from typing_extensions import TypeVar
 
+import sqla_durable.api.blobs as blobs
 import sqla_durable.api.callbacks as callbacks
 import sqla_durable.api.events as events
 import sqla_durable.api.signals as signals
@@ -17,6 +18,7 @@ import sqla_durable.api.steps as steps
 import sqla_durable.api.streams as streams
 import sqla_durable.api.updates as updates
 import sqla_durable.api.workflows as starts
+from sqla_durable.api.blobs import AsyncBlobReader
 from sqla_durable.api.calls import ANY
 from sqla_durable.api.polling import PollingEngine
 from sqla_durable.api.sessions import run_sync
@@ -24,6 +26,7 @@ from sqla_durable.api.steps import RunningStep
 from sqla_durable.api.streams import StreamEntry, StreamReader
 from sqla_durable.api.updates import AsyncUpdateHandle
 from sqla_durable.api.workflows import BoundWorkflow
+from sqla_durable.definitions.blobs import Blob
 from sqla_durable.models import Workflow
 
 T = TypeVar("T", default=Any)
@@ -152,3 +155,15 @@ def read_stream(
 async def running_steps(session: AsyncSession, workflow: Workflow | UUID) -> list[RunningStep]:
     """Return the steps of a workflow that a worker is executing. See `sqla_durable.running_steps`."""
     return await run_sync(session, steps.running_steps, workflow)
+
+
+def open_blob(source: AsyncSession | async_sessionmaker[AsyncSession], blob: Blob) -> AsyncBlobReader:
+    """Read a document, chunk by chunk. See `sqla_durable.open_blob`.
+
+    ```python
+    async with open_blob(AsyncSessionLocal, blob) as reader:
+        async for chunk in reader:
+            digest.update(chunk)
+    ```
+    """
+    return blobs.open_blob_async(source, blob)

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from typing_extensions import TypeVar
 
+import sqla_durable.api.blobs as blobs
 import sqla_durable.api.callbacks as callbacks
 import sqla_durable.api.children as children
 import sqla_durable.api.events as events
@@ -24,9 +25,11 @@ import sqla_durable.api.steps as steps
 import sqla_durable.api.streams as streams
 import sqla_durable.api.tags as new_tags
 import sqla_durable.api.update_requests as update_requests
+from sqla_durable.api.blobs import AsyncBlobWriter
 from sqla_durable.api.callbacks import AsyncCallback
 from sqla_durable.api.calls import ANY, in_async_code
 from sqla_durable.api.children import AsyncChild, H
+from sqla_durable.api.durable import Durable
 from sqla_durable.api.steps import SyncStep
 from sqla_durable.api.update_requests import AsyncUpdateRequest
 from sqla_durable.api.workflows import AnyWorkflowFunction, bind_without_headers
@@ -95,6 +98,21 @@ def wait_update(
     The validator may be a coroutine function; a `def` one blocks the event loop while it is called.
     """
     return update_requests.wait_update_call(AsyncUpdateRequest[T], name, kind, validate, timeout, step_key).coroutine()
+
+
+def create_blob(
+    *, session: AsyncSession | None = None, durable: Durable | None = None, media_type: str | None = None
+) -> AsyncBlobWriter:
+    """Write a document of any size, from a step or in a caller's transaction. See `sqla_durable.create_blob`.
+
+    ```python
+    async with create_blob() as writer:
+        async for part in response.aiter_bytes():
+            await writer.write(part)
+    return writer.blob
+    ```
+    """
+    return blobs.create_blob_async(session, durable, media_type)
 
 
 def create_callback(

@@ -247,8 +247,8 @@ def refuse_large(size: int, *, what: str, limit: int) -> None:
     """Refuse a payload that is larger than the limit; both are in bytes."""
     if size > limit:
         raise PayloadTooLargeError(
-            f"the {what} is {size:,} bytes of JSON, over the limit of {limit:,}. Store it in a table or a file and "
-            "pass its key, or raise Durable(payload_limit=...).",
+            f"the {what} is {size:,} bytes of JSON, over the limit of {limit:,}. Write it with "
+            "create_blob() and pass the Blob, or raise Durable(payload_limit=...).",
             size=size,
             limit=limit,
         )

@@ -229,16 +229,54 @@ class Payloads:
         """Return the JSON text to store of that of a value."""
         if not self.codecs:
             return text
-        data, names, where = text.encode(), list[str](), _bytes(place.owner, place.field)
+        data, names = self._encoded(text.encode(), _bytes(place.owner, place.field))
+        if not names:
+            return text
+        envelope = {"$as": names, "data": base64.b64encode(data).decode(), "workflow": place.owner}
+        return _json(envelope)
+
+    def seal_chunk(self, data: bytes, blob_id: UUID, number: int) -> bytes:
+        """Return the bytes to store of a chunk of a blob: a line with the names of its codecs, and what they made."""
+        data, names = self._encoded(data, _place_of_chunk(blob_id, number))
+        return _json(names).encode() + b"\n" + data
+
+    def open_chunk(self, data: bytes, blob_id: UUID, number: int, *, is_sealed: bool) -> bytes:
+        """Return a chunk of a blob from what is stored, by the codecs of all `Durable` of this process.
+
+        Raises:
+            PayloadKeyError: no `Durable` of this process has one of its codecs.
+            DecodingError: it was changed, or is another one; or it is not encrypted, and must be.
+        """
+        what, names = f"chunk {number} of blob {blob_id}", list[str]()
+        if is_sealed:
+            line, _, data = data.partition(b"\n")
+            try:
+                names = [str(each) for each in json.loads(line)]
+            except (TypeError, ValueError):
+                raise DecodingError(f"{what} does not begin with the names of its codecs: it was changed.") from None
+        if self.is_required and not self._own_keys.intersection(names):
+            raise DecodingError(f"{what} is not encrypted, which Encryption(required=True) refuses.")
+        for name in reversed(names):
+            data = _decoded(name, data, _place_of_chunk(blob_id, number), what)
+        return data
+
+    @property
+    def names(self) -> list[str] | None:
+        """The names by which its codecs encode now; None where there are no codecs."""
+        return [each.names[0] for each in self.codecs] or None
+
+    @property
+    def _own_keys(self) -> set[str]:
+        return {name for each in self.codecs if isinstance(each, Encryption) for name in each.names}
+
+    def _encoded(self, data: bytes, where: bytes) -> tuple[bytes, list[str]]:
+        names: list[str] = []
         for each in self.codecs:
             made = each.encode(data, where)
             if made is not None:
                 data = made
                 names.append(each.names[0])
-        if not names:
-            return text
-        envelope = {"$as": names, "data": base64.b64encode(data).decode(), "workflow": place.owner}
-        return _json(envelope)
+        return data, names
 
     def seal_members(self, text: str, owner: str) -> str:
         """Return the JSON text to store of that of the arguments of a workflow, an object: each is sealed by itself."""
@@ -266,9 +304,8 @@ class Payloads:
         """
         if not self.is_required:
             return opened(text, place)
-        ours = {name for each in self.codecs if isinstance(each, Encryption) for name in each.names}
         names: list[str] = json.loads(text)["$as"] if text.startswith(MARK) else []
-        if not ours.intersection(names):
+        if not self._own_keys.intersection(names):
             raise DecodingError(
                 f"the stored {place.field} of workflow {place.owner} is not encrypted, which Encryption(required=True) "
                 "refuses: who inserted it has no key, or it is from before."
@@ -356,6 +393,10 @@ def owner_of_schedule(name: str) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _place_of_chunk(blob_id: UUID, number: int) -> bytes:
+    return _bytes(f"blob {blob_id}", f"chunk {number}")
 
 
 def _bytes(owner: str, field: str) -> bytes:

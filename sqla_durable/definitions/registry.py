@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 from uuid import UUID
 
+from sqla_durable.definitions.blobs import ObjectStore
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.codec import ArgumentsCodec, Codec
 from sqla_durable.definitions.dataclass import dataclass
@@ -107,6 +108,7 @@ class DurableOptions:
         secrets: the secrets that tokens of callbacks are derived from, the newest first.
         interceptors: called around its workflows and steps.
         payloads: how values are stored.
+        blobs: where the bytes of blobs are; None for the table.
     """
 
     payload_limit: int = DEFAULT_LIMIT
@@ -116,6 +118,7 @@ class DurableOptions:
     secrets: tuple[bytes, ...] = ()
     interceptors: Interceptors = field(default_factory=Interceptors)
     payloads: Payloads = PLAIN
+    blobs: ObjectStore | None = None
 
     def __post_init__(self) -> None:
         fault = None if self.version is None else fault_in(self.version)

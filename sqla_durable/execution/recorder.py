@@ -86,6 +86,11 @@ class SessionRecorder(Recorder):
 
     @property
     @override
+    def commits(self) -> bool:
+        return self._transactions.commits
+
+    @property
+    @override
     def slot_is_wanted(self) -> bool:
         return self.suspends  # what waits is suspended at once
 
@@ -240,6 +245,9 @@ class SessionTransactions(ABC):
     others: ClassVar[str]
     """What a message adds where other processes see the workflow."""
 
+    commits: ClassVar[bool] = True
+    """Whether each transaction is committed by itself."""
+
     def __init__(self, session: Session | AsyncSession) -> None:
         self.session = session
         self.worker_id = uuid7()
@@ -385,6 +393,7 @@ class JoinedTransactions(SessionTransactions):
         "both to the caller, or use begin_nested()."
     )
     others = ""
+    commits = False
 
     @override
     def transaction(self, *, isolation_level: str | None = None) -> StepTransaction:

@@ -1,4 +1,4 @@
-"""The database on one page: twelve declarative models in a schema of their own, `durable`.
+"""The database on one page: fourteen declarative models in a schema of their own, `durable`.
 
 An application refers to them by class, `ForeignKey(Workflow.id)` and `relationship(Workflow)`: the string form does
 not find a class of another metadata. `storage` has what a SQLAlchemy `Table` has no place for. The statements are in
@@ -8,6 +8,7 @@ not find a class of another metadata. `storage` has what a SQLAlchemy `Table` ha
 from sqla_durable.models import storage
 from sqla_durable.models.audit import Audit
 from sqla_durable.models.base import REVISION, SCHEMA, Base, metadata
+from sqla_durable.models.blobs import BlobChunk, StoredBlob
 from sqla_durable.models.queues import Queue, QueueKey, QueueUse
 from sqla_durable.models.retention import Retention
 from sqla_durable.models.schedules import Schedule
@@ -18,6 +19,7 @@ __all__ = [
     "SCHEMA",
     "Audit",
     "Base",
+    "BlobChunk",
     "Event",
     "Queue",
     "QueueKey",
@@ -26,6 +28,7 @@ __all__ = [
     "Schedule",
     "Signal",
     "Step",
+    "StoredBlob",
     "StreamItem",
     "Worker",
     "Workflow",

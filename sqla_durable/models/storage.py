@@ -31,6 +31,9 @@ STORAGE: dict[str, dict[str, float]] = {
 }
 """The storage parameters of our tables, for which SQLAlchemy 2.0 has no place in a `Table`."""
 
+# Documents are compressed already, or sealed; trying it takes longer than writing them.
+_UNCOMPRESSED = "ALTER TABLE {schema}.blob_chunk ALTER COLUMN data SET STORAGE EXTERNAL"
+
 # A CHECK does not know whether a row is new. With the CHECKs of the table these two columns say it: a workflow that is
 # running has a token, and one that is finished has a time. Each condition more costs every INSERT, and calls of
 # functions cost most; so nothing is called for a row that passes.
@@ -52,8 +55,8 @@ WHEN (NEW.token IS NOT NULL OR NEW.finished_at IS NOT NULL) EXECUTE FUNCTION {sc
 def statements(schema: str = SCHEMA) -> list[str]:
     """Return the statements that complete our tables, for a migration that autogenerate wrote.
 
-    They set the storage parameters, and make the views, and the trigger that refuses new workflows which run or have an
-    outcome.
+    They set the storage parameters, and how chunks of blobs are stored; they make the views, and the trigger that
+    refuses new workflows which run or have an outcome.
     """
     quoted = _quoted(schema)
     parameters = [
@@ -61,7 +64,7 @@ def statements(schema: str = SCHEMA) -> list[str]:
         for table, settings in STORAGE.items()
     ]
     checks = [each.format(schema=quoted) for each in _CHECK_OF_NEW_ROWS]
-    return [*parameters, *checks, *create_views(quoted)]
+    return [*parameters, _UNCOMPRESSED.format(schema=quoted), *checks, *create_views(quoted)]
 
 
 def drop_statements(schema: str = SCHEMA) -> list[str]:

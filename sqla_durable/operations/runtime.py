@@ -57,6 +57,11 @@ class Recorder(ABC):
         self.attempt = attempt
 
     @property
+    def commits(self) -> bool:
+        """Whether what `execute` has written is committed when it returns, and not with the caller's transaction."""
+        return True
+
+    @property
     def slot_is_wanted(self) -> bool:
         """Whether a workflow that waits is to be suspended at once, because another one may need its slot."""
         return False

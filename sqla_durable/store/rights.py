@@ -27,10 +27,13 @@ Rights: TypeAlias = Mapping[str, Mapping[str, str]]
 _TABLES = " ".join(table.name for table in Base.metadata.tables.values())
 _VIEWS = " ".join(VIEWS)
 _EVERYTHING = [*_TABLES.split(), *_VIEWS.split()]
-_OF_WORKERS = "workflow step signal event stream_item queue queue_key queue_use schedule retention worker"
+_OF_WORKERS = (
+    "workflow step signal event stream_item queue queue_key queue_use schedule retention worker blob blob_chunk"
+)
 
 _NEW = "id name input key queue by tags priority status wake_at timeout deadline_at version headers"
 _NEW_OF_SCHEDULE = "id name input key queue by tags priority timeout version headers schedule"
+_ADOPTED = {"SELECT": "id workflow_id expires_at stored_at", "UPDATE": "workflow_id expires_at"}
 _FOUND = "id name key queue priority status attempt crashes detached created_at enqueued_at wake_at deadline_at"
 
 
@@ -53,7 +56,7 @@ def _all_of(*every: Rights) -> Rights:
 
 SETS: Mapping[str, Rights] = {
     # start, start_many, with keys, delays, deadlines and tags
-    "starter": {"workflow": {"INSERT": _NEW, "SELECT": _FOUND}},
+    "starter": {"workflow": {"INSERT": _NEW, "SELECT": _FOUND}, "blob": _ADOPTED},
     # the same with unique, throttle, debounce and on_conflict; with those of canceller, "cancel_running"
     "replacer": {
         "workflow": {
@@ -61,17 +64,30 @@ SETS: Mapping[str, Rights] = {
             "SELECT": f"{_FOUND} started_at finished_at awaits",
             "UPDATE": "key former_key input queue by tags priority status wake_at awaits enqueued_at timeout "
             "deadline_at version headers",
-        }
+        },
+        "blob": _ADOPTED,
     },
-    # handle.result(), get_event
+    # create_blob, outside a workflow
+    "uploader": {
+        "blob": {
+            "INSERT": "id media_type codecs url expires_at",
+            "SELECT": "id workflow_id expires_at",
+            "UPDATE": "size sha256 stored_at expires_at",
+        },
+        "blob_chunk": {"INSERT": "", "SELECT": "blob_id"},
+    },
+    # handle.result(), get_event, open_blob
     "caller": {
         "workflow": {"SELECT": "id name status output error"},
         "event": {"SELECT": "workflow_id key id value"},
+        "blob": {"SELECT": "id codecs url stored_at"},
+        "blob_chunk": {"SELECT": ""},
     },
     # send_signal; with those of starter, start_with_signal
     "signaller": {
         "workflow": {"SELECT": "id name status"},
         "signal": {"INSERT": "workflow_id name key payload", "SELECT": "workflow_id id name key"},
+        "blob": _ADOPTED,
     },
     # send_update, and its answer; with those of starter, start_with_update
     "updater": {
@@ -79,12 +95,14 @@ SETS: Mapping[str, Rights] = {
         "signal": {"INSERT": "workflow_id name key payload is_update", "SELECT": "workflow_id id name key consumed_by"},
         "event": {"SELECT": "workflow_id key id value"},
         "step": {"SELECT": "workflow_id key output"},
+        "blob": _ADOPTED,
     },
     # complete_callback, fail_callback, heartbeat_callback. PostgreSQL asks for a right to UPDATE to lock a row
     "answerer": {
         "workflow": {"SELECT": "id name status", "UPDATE": "created_at"},
         "step": {"SELECT": "workflow_id key name output started_at finished_at", "UPDATE": "finished_at"},
         "signal": {"INSERT": "workflow_id name key payload is_answer", "SELECT": "workflow_id id name key payload"},
+        "blob": _ADOPTED,
     },
     # manage.cancel, by ids
     "canceller": {
@@ -111,7 +129,7 @@ SETS: Mapping[str, Rights] = {
         _on("step event stream_item worker", "INSERT UPDATE DELETE"),
         _on("schedule queue queue_key", "INSERT UPDATE"),
         _on("queue_use", "INSERT DELETE"),
-        _on("retention", "INSERT UPDATE DELETE"),
+        _on("retention blob blob_chunk", "INSERT UPDATE DELETE"),
         {
             "workflow": {"INSERT": f"{_NEW} parent_id parent_key detached schedule"},
             "signal": {"INSERT": "workflow_id name key payload delivered_at is_answer is_update is_notice"},
@@ -131,6 +149,7 @@ SETS: Mapping[str, Rights] = {
                 "wake_at awaits deadline_at finished_at cancellation",
             },
             "signal": {"INSERT": "workflow_id name is_notice", "UPDATE": "consumed_by"},
+            "blob": {"UPDATE": _ADOPTED["UPDATE"]},
             "audit": {"INSERT": "who verb workflow_id subject reason details"},
         },
     ),
@@ -143,7 +162,7 @@ OWNER = "migrate"
 """The role that owns the tables, so that it may change them, and may make others in the schema."""
 
 ROLES: Mapping[str, tuple[str, ...]] = {
-    "start": ("starter", "signaller"),
+    "start": ("starter", "signaller", "uploader"),
     "work": ("worker",),
     "operate": ("operator",),
     "read": ("reader",),

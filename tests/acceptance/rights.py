@@ -14,8 +14,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 import sqla_durable
-from sqla_durable import Durable, Event, Queue, Schedule, Signal, Step, StreamItem, Workflow, manage
-from sqla_durable.models import Audit, QueueKey, QueueUse, Retention
+import sqla_durable.asyncio as aio
+from sqla_durable import Blob, Durable, Event, Queue, Schedule, Signal, Step, StreamItem, Workflow, create_blob, manage
+from sqla_durable.models import Audit, BlobChunk, QueueKey, QueueUse, Retention, StoredBlob
 from sqla_durable.models.base import Base
 from sqla_durable.models.views import VIEWS
 from sqla_durable.operations.callback import CallbackRecord
@@ -36,6 +37,11 @@ def greet(name: str) -> str:
     return f"hello {name}"
 
 
+@durable.workflow
+def keep(blob: Blob) -> Blob:
+    return blob
+
+
 @dataclass(frozen=True)
 class World:
     """What the verbs are about."""
@@ -46,6 +52,7 @@ class World:
     done: UUID
     owner: UUID
     token: str
+    blob: Blob
 
 
 def make_world(engine: Engine) -> World:
@@ -68,11 +75,40 @@ def make_world(engine: Engine) -> World:
         manage.put_schedule(session, "nightly", greet.bind("x"), cron="0 3 * * *")
         manage.put_queue(session, "fair", fair=True)
         session.add(Event(workflow_id=done, key="status", value="booked"))
+        blob = upload(session)
         session.commit()
-    return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal_token())
+    return World(pending, failed, cancelled, done, owner.workflow_id, made.reveal_token(), blob)
 
 
-TABLES = (Workflow, Step, Signal, Event, StreamItem, Queue, QueueKey, QueueUse, Schedule, Retention, Audit)
+def upload(session: Session) -> Blob:
+    """Write a blob."""
+    with create_blob(session=session, durable=durable) as writer:
+        writer.write(b"x")
+    return writer.blob
+
+
+async def upload_async(session: Any) -> Blob:
+    """Write a blob."""
+    async with aio.create_blob(session=session, durable=durable) as writer:
+        await writer.write(b"x")
+    return writer.blob
+
+
+TABLES = (
+    Workflow,
+    Step,
+    Signal,
+    Event,
+    StreamItem,
+    Queue,
+    QueueKey,
+    QueueUse,
+    Schedule,
+    Retention,
+    Audit,
+    StoredBlob,
+    BlobChunk,
+)
 
 
 def reading(table: type[Base]) -> Verb:
@@ -103,9 +139,13 @@ def _of_starters(api: Any) -> Verbs:
             ),
             "start under a known key": lambda session, _: greet.options(key="known").start(session, "x"),
             "start many": lambda session, _: api.start_many(session, [greet.bind("x"), greet.bind("y")]),
+            "start with a blob": lambda session, world: keep.start(session, world.blob),
             "start many under keys": lambda session, _: api.start_many(
                 session, [greet.options(key=each, delay=DAY).bind("x") for each in ("known", "new")]
             ),
+        },
+        "uploader": {
+            "create a blob": lambda session, _: upload(session) if api is sqla_durable else upload_async(session),
         },
         "replacer": {
             "start one that is to be unfinished": lambda session, _: greet.options(
@@ -130,9 +170,11 @@ def _of_callers(api: Any) -> Verbs:
         "caller": {
             "result": lambda session, world: greet.handle(session, world.done).result(),
             "event": lambda session, world: api.get_event(session, world.done, "status"),
+            "read a blob": lambda session, world: api.open_blob(session, world.blob).read(),
         },
         "signaller": {
             "signal": lambda session, world: api.send_signal(session, world.pending, "go", 1),
+            "signal a blob": lambda session, world: api.send_signal(session, world.pending, "go", world.blob),
             "signal under a key": lambda session, world: api.send_signal(
                 session, [world.pending, world.owner], "go", 1, key="k"
             ),
@@ -214,6 +256,7 @@ def _of_readers() -> Verbs:
 VERBS = verbs_of(sqla_durable)
 WITH_POLICIES = {
     "replacer": {*VERBS["starter"]},
+    "caller": {"read blob_chunk"},
     "scheduler": {"read schedule", "start many"},
     "operator": {
         *VERBS["reader"],
@@ -223,6 +266,7 @@ WITH_POLICIES = {
         "start",
         "start many",
         "start under a known key",
+        "start with a blob",
     },
     "reader": {*VERBS["caller"]},
     "updater": {"event"},

@@ -143,7 +143,7 @@ def test_payload_over_the_limit_is_refused_with_both_sizes(session_factory: Sess
         ) as caught:
             ship.start(session, 1, note="x" * 10_500)
         assert (caught.value.size, caught.value.limit) == (10_502, 10_000)
-        assert "Store it in a table or a file and pass its key" in str(caught.value)
+        assert "Write it with create_blob() and pass the Blob" in str(caught.value)
         with pytest.raises(PayloadTooLargeError):
             carry.start(session, ["ö" * 5_000])  # counted in bytes, not in characters
 

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 import sqla_durable.asyncio as aio
 from sqla_durable import (
+    Blob,
     Durable,
     Event,
     Execution,
@@ -29,6 +30,7 @@ from sqla_durable import (
     Worker,
     Workflow,
     complete_callback,
+    create_blob,
     create_callback,
     errors,
     manage,
@@ -40,7 +42,7 @@ from sqla_durable import (
     wait_signal,
     write_stream,
 )
-from sqla_durable.models import Audit
+from sqla_durable.models import Audit, BlobChunk, StoredBlob
 from sqla_durable.models.views import VIEWS
 from sqla_durable.store.rights import ROLES
 from tests.acceptance.shells import PATIENCE, POLL
@@ -77,8 +79,16 @@ def child() -> str:
     return tenant.get()
 
 
+@durable.step
+def attach() -> Blob:
+    with create_blob() as writer:
+        writer.write(b"x")
+    return writer.blob
+
+
 @durable.workflow
 def report() -> str:
+    attach()
     seen = start_child(child).result()
     set_event("status", "asked")
     write_stream("log", "asked")
@@ -126,7 +136,7 @@ def made(engine: Engine, url: str, sql: str) -> Generator[Roles]:
             "GRANT starter, signaller, updater, answerer TO app",
             # What operators have, of its own workflows.
             "GRANT SELECT, UPDATE, DELETE ON durable.workflow, durable.step, durable.signal, durable.event, "
-            "durable.stream_item TO app",
+            "durable.stream_item, durable.blob, durable.blob_chunk TO app",
             "GRANT INSERT ON durable.workflow, durable.step, durable.event, durable.stream_item TO app",
             "GRANT INSERT (is_notice) ON durable.signal TO app",
             FOR_ALL,
@@ -190,7 +200,8 @@ def test_a_tenant_sees_its_own_only(place: Place, reports: dict[str, UUID]) -> N
             family = set(session.scalars(select(Workflow.id).where((Workflow.id == own) | (Workflow.parent_id == own))))
             assert seen == family
             assert len(seen) == 2
-            for table in (Step, Event, StreamItem):
+            assert session.scalars(select(BlobChunk.blob_id)).all() == session.scalars(select(StoredBlob.id)).all()
+            for table in (Step, Event, StreamItem, StoredBlob):
                 assert set(session.scalars(select(table.workflow_id))) == {own}, table
             other = next(each for of, each in reports.items() if of != name)
             handle = report.handle(place.app, other)

@@ -33,6 +33,8 @@ def test_without_hiding_them_they_would_be_dropped(engine: Engine) -> None:
         "step",
         "signal",
         "audit",
+        "blob",
+        "blob_chunk",
         "event",
         "stream_item",
         "queue",

@@ -95,6 +95,7 @@ _OWN_SIGNAL = re.compile(r"durable\.signal\.workflow_id = owned\.id AND durable\
 _IN_ORDER = re.compile(r"ORDER BY durable\.workflow\.id\s*(?:\n LIMIT [^\n]*)?$")
 _WAITING = {
     "attempts": ["_FINISH", "_LOCK", "_RELEASE"],
+    "blobs": ["_BEGIN", "_COMPLETE", "_WRITE"],
     "callbacks": ["_EXPIRE", "_HOLD"],
     "children": ["_CANCEL_REST", "_INSERT", "_LOCK_PARENT", "_START", "_START_KEYED", "_TAKE_FIRST", "_TAKE_OUTCOME"],
     "claims": ["_CLAIM_ONE"],

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sqlalchemy import Boolean, Connection, Double, Float, Interval
+from sqlalchemy import Boolean, Connection, Double, Float, Interval, LargeBinary
 
 SCHEMA = "hostile"
 SPRUNG = "a trap was called"
 
-_UNCAST = {Boolean: "bool", Float: "float8", Double: "float8", Interval: "interval"}
+_UNCAST = {Boolean: "bool", Float: "float8", Double: "float8", Interval: "interval", LargeBinary: "bytea"}
 """What SQLAlchemy adds no cast to with psycopg, which declares these types."""
 _TYPES = (
     "text, varchar, name, bool, int2, int4, int8, numeric, float8, uuid, timestamptz, interval, json, jsonb, "

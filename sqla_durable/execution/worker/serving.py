@@ -27,6 +27,7 @@ from sqla_durable.definitions.log import Log
 from sqla_durable.definitions.registry import Registry
 from sqla_durable.errors import DatabaseUnavailableError, SessionError
 from sqla_durable.execution.worker.attempts import Attempts
+from sqla_durable.execution.worker.blobs import Blobs
 from sqla_durable.execution.worker.claims import Claims
 from sqla_durable.execution.worker.cursors import Cursors
 from sqla_durable.execution.worker.database import Databases
@@ -244,6 +245,7 @@ class Serving:
         )
         self._schedules = Schedules(databases, registry, settings.queues, wakeups.claims)
         self._retention = Retention(databases, registry)
+        self._blobs = Blobs(database, settings.blobs)
         self._maintenance = Maintenance(
             database,
             self._heartbeat,
@@ -303,6 +305,7 @@ class Serving:
             claims=self._claims.run(),
             maintenance=self._maintenance.run(),
             retention=self._retention.run(),
+            blobs=self._blobs.run(),
             listener=self._listen(listen_on),
         )
         keeping = _tasks(

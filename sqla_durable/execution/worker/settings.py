@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sqla_durable.api.durable import Durable
+from sqla_durable.definitions.blobs import ObjectStore
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.definitions.inspection import SessionKind
@@ -50,6 +51,9 @@ WARN_EVERY = 60.0
 
 FORGET_EVERY = 3_600.0
 """Between two deletions of the rows of dead workers."""
+
+SWEEP_EVERY = 60.0
+"""Between two sweeps of blobs that nothing needs any more."""
 
 RENOTIFY_EVERY = 60.0
 """Between two repairs of notices that are missing."""
@@ -95,6 +99,7 @@ class Settings:
         grace: how long a stop waits for steps that are being executed.
         max_attempts: how many attempts in a row may lose their worker.
         until_empty: whether it stops when nothing waits in its queues, and it executes nothing.
+        blobs: where the bytes of blobs are; None for the table.
     """
 
     worker_id: UUID
@@ -109,6 +114,7 @@ class Settings:
     grace: timedelta
     max_attempts: int
     until_empty: bool = False
+    blobs: ObjectStore | None = None
 
 
 def engine_of(sync: sessionmaker[Session] | None, asynchronous: async_sessionmaker[AsyncSession] | None) -> Engine:

@@ -347,6 +347,7 @@ class Worker:
             grace=self.grace,
             max_attempts=self.max_attempts,
             until_empty=self.until_empty,
+            blobs=self.durable.options.blobs,
         )
 
     @property

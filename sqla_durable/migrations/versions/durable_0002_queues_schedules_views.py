@@ -1,4 +1,4 @@
-"""Add limits of queues, schedules, retention, and what operators need: tags, views, and a log of what they did."""
+"""Add limits of queues, schedules, retention, blobs, and what operators need: tags, views, and a log of their acts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql as pg
 
+from sqla_durable.migrations import blobs
 from sqla_durable.migrations import schema as schemas
 
 revision = "durable_0002"
@@ -186,6 +187,7 @@ def upgrade(schema: str | None = None) -> None:
         op.add_column("workflow", sa.Column("former_key", sa.Text()), schema=name)
         _create_audit(name)
         _create_retention(name)
+        blobs.create(name)
         for view, query in _VIEWS.items():
             schemas.execute(found, f"CREATE VIEW {{schema}}.{view} WITH (security_invoker = true) AS {query}")
 
@@ -196,6 +198,7 @@ def downgrade(schema: str | None = None) -> None:
         schemas.lock_tables(found, *_CHANGED)
         for view in _VIEWS:
             schemas.execute(found, f"DROP VIEW {{schema}}.{view}")
+        blobs.drop(name)
         op.drop_table("retention", schema=name)
         op.drop_table("audit", schema=name)
         op.drop_column("workflow", "former_key", schema=name)

@@ -81,6 +81,7 @@ def _unchecked(name: str, arguments: dict[str, Any], options: StartOptions) -> B
     from uuid_utils.compat import uuid7
 
     from sqla_durable.api.workflows import BoundWorkflow
+    from sqla_durable.definitions.blobs import blobs_in
     from sqla_durable.definitions.checks import require_text
     from sqla_durable.definitions.codec import Codec
     from sqla_durable.store import NewWorkflow
@@ -97,7 +98,7 @@ def _unchecked(name: str, arguments: dict[str, Any], options: StartOptions) -> B
         by=options.by,
         tags=None if options.tags is None else dict(options.tags),
     )
-    return BoundWorkflow(new)
+    return BoundWorkflow(new, blobs=blobs_in(new.input))
 
 
 def _checked(app: str, name: str, arguments: dict[str, Any], options: StartOptions) -> BoundWorkflow:
