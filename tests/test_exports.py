@@ -226,6 +226,17 @@ def test_help_of_the_command_line_imports_no_database_and_no_worker() -> None:
     )
 
 
+def test_a_command_that_lists_imports_no_workflows_and_one_that_cancels_no_others() -> None:
+    _assert_not_imported(
+        {"pydantic", "sqla_durable.api", "sqla_durable.manage", "sqla_durable.operations", "sqla_durable.runtime"},
+        by="import sqla_durable.store.schema; from sqla_durable.tools.cli.filters import Filters; Filters().select()",
+    )
+    _assert_not_imported(
+        {"pydantic", "sqla_durable.api.workflows", "sqla_durable.manage.forks", "sqla_durable.operations.workflow"},
+        by="from sqla_durable import manage; manage.cancel",
+    )
+
+
 def test_import_of_the_package_imports_nothing_else() -> None:
     _assert_not_imported({"sqlalchemy", "pydantic", "alembic", "tenacity", "asyncio"}, by="import sqla_durable")
 

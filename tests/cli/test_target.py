@@ -9,7 +9,7 @@ import sys
 import pytest
 from sqlalchemy import Engine, make_url, text
 
-from sqla_durable.tools.cli.target import normalised
+from sqla_durable.tools.cli.urls import normalised
 from tests.cli.conftest import Application
 from tests.support.roles import roles
 

@@ -51,7 +51,7 @@ def bench(
     Works in a schema of its own and drops it at the end, whatever happens.
     """
     from sqla_durable.models import SCHEMA
-    from sqla_durable.tools.cli.target import DATABASE_URL, normalised
+    from sqla_durable.tools.cli.urls import DATABASE_URL, normalised
 
     if url is not None and not url.strip():
         raise CommandError("--url is empty: name a database, or leave it out for a server that is started for it.")

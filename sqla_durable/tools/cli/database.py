@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sqla_durable.tools.cli.errors import CommandError
+from sqla_durable.tools.cli.urls import DATABASE_URL, normalised
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -52,7 +53,6 @@ def engine_of(url: str | None, app: str | None, schema: str | None) -> Engine:
     from sqlalchemy import NullPool, create_engine
 
     from sqla_durable.models import SCHEMA
-    from sqla_durable.tools.cli.target import DATABASE_URL, normalised
 
     theirs = None if app is None else _engine_of_application(app)
     wanted = url or (theirs and theirs.url.render_as_string(hide_password=False)) or os.environ.get(DATABASE_URL)

@@ -78,7 +78,7 @@ class Filters:
     def _conditions(self) -> list[ColumnElement[bool]]:
         from sqlalchemy import func, or_
 
-        from sqla_durable import Workflow, WorkflowStatus, manage
+        from sqla_durable import Workflow, WorkflowStatus
 
         found: list[ColumnElement[bool]] = []
         if self.status is not None:
@@ -95,14 +95,20 @@ class Filters:
         if self.parent is not None:
             found.append(Workflow.parent_id == parsed_id(self.parent))
         if self.since is not None:
-            found.append(Workflow.id >= manage.id_at(moment("--since", self.since)))
+            found.append(Workflow.id >= _id_at("--since", self.since))
         if self.until is not None:
-            found.append(Workflow.id < manage.id_at(moment("--until", self.until)))
+            found.append(Workflow.id < _id_at("--until", self.until))
         if self.error is not None:
             of_error = (Workflow.error[each].astext for each in ("type", "message"))
             found.append(or_(*(func.pg_catalog.strpos(each, self.error) > 0 for each in of_error)))
         found.extend(Workflow.input.contains(_argument(each)) for each in self.where or ())
         return found
+
+
+def _id_at(option: str, text: str) -> UUID:
+    from sqla_durable import manage
+
+    return manage.id_at(moment(option, text))
 
 
 def with_filters(command: Callable[..., None]) -> Callable[..., None]:

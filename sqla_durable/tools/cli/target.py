@@ -15,17 +15,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from sqlalchemy import URL, create_engine, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import URL, create_engine
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable.api.durable import Durable
 from sqla_durable.tools.cli.errors import CommandError
+from sqla_durable.tools.cli.urls import DATABASE_URL, normalised
 
 S = TypeVar("S", Session, AsyncSession)
-DATABASE_URL = "DATABASE_URL"
-DRIVER = "postgresql+psycopg"
 _POOL_SIZE = 20
 _SMALLEST_POOL = 8  # two that a worker keeps, two for its other statements, and some for steps
 
@@ -195,25 +193,3 @@ def _narrowest(base: type[S], classes: Iterable[type[object] | None]) -> type[S]
         if each is not None and issubclass(each, found):
             found = each
     return found
-
-
-def normalised(url: str) -> URL:
-    """Return any form of a PostgreSQL URL as SQLAlchemy's, with the driver psycopg.
-
-    Raises:
-        CommandError: it is not a URL, or not one of PostgreSQL. The message never shows the URL: it may be a
-            password that was pasted in the wrong place.
-    """
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):  # ValueError: the port is not a number
-        raise CommandError(
-            "the database URL cannot be read: write postgresql://user:password@host:5432/name, with special "
-            "characters in the password percent-encoded."
-        ) from None
-    if parsed.drivername.partition("+")[0] not in ("postgres", "postgresql"):
-        raise CommandError(
-            f"the database URL begins with {parsed.drivername!r}: durable workflows need PostgreSQL, "
-            "postgresql://user:password@host:5432/name."
-        )
-    return parsed.set(drivername=DRIVER)
