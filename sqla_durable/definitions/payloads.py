@@ -207,7 +207,7 @@ class Payloads:
         self.is_required = any(isinstance(each, Encryption) and each.required for each in self.codecs)
         self._workflows: set[str] = set()
         if self.codecs:
-            _known.append(ref(self, _known.remove))
+            _known[:] = [*(each for each in _known if each() is not None), ref(self)]
 
     def note_workflow(self, name: str) -> None:
         """Note that values which are sent to workflows of this name are stored by these codecs."""

@@ -39,7 +39,10 @@ def resume(connectable: Connectable, name: str) -> None:
 
 def pause_key(connectable: Connectable, name: str, by: str) -> None:
     """Pause one key of a queue, with a row or without. Locks the key's row."""
-    execute(connectable, insert(QUEUE).values(name=name).on_conflict_do_nothing(index_elements=["name"]))
+    # Only where there is none: ON CONFLICT would wait for a claim that is changing the row.
+    there = sa.select(QUEUE.c.name).where(QUEUE.c.name == name).exists()
+    missing = insert(QUEUE).from_select(["name"], sa.select(sa.literal(name)).where(~there), include_defaults=False)
+    execute(connectable, missing.on_conflict_do_nothing(index_elements=["name"]))
     given = insert(QUEUE_KEY).values(queue=name, by=by, paused_at=pg.statement_timestamp())
     paused_at = sa.func.coalesce(QUEUE_KEY.c.paused_at, given.excluded.paused_at)
     execute(connectable, given.on_conflict_do_update(index_elements=["queue", "by"], set_={"paused_at": paused_at}))

@@ -150,10 +150,13 @@ def test_a_paused_key_keeps_no_room_of_a_rate_from_others(session: Session) -> N
     assert keys(session, claim(session)) == ["b"]
 
 
-def test_a_pause_of_a_key_is_nothing_where_settings_are_for_the_whole_queue(session: Session) -> None:
-    make(session, concurrency=5, keys=[QueueKey(by="a", paused_at=datetime.now(UTC))])
+def test_a_paused_key_waits_where_settings_are_for_the_whole_queue(session: Session) -> None:
+    queue = make(session, concurrency=5, keys=[QueueKey(by="a", paused_at=datetime.now(UTC))])
     races.enqueue(session, by="a", place="running")
     races.enqueue(session, by="a")
+    assert claim(session) == []
+    queue.keys[0].paused_at = None
+    session.commit()
     assert len(claim(session)) == 2
 
 
