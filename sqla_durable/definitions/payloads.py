@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 from weakref import ReferenceType, ref
 
-from sqla_durable.definitions.checks import fault_in
+from sqla_durable.definitions.checks import fault_in, unescape_key
 from sqla_durable.definitions.json_values import MARK
 from sqla_durable.errors import DecodingError, DefinitionError, PayloadKeyError
 
@@ -226,7 +226,7 @@ class Payloads:
         return cls.of_workflow(name).seal_members(PLAIN.open_members(text, Place("", "input", ANYONE)), owner)
 
     def seal(self, text: str, place: Place) -> str:
-        """Return the JSON text to store of that of a value."""
+        """Return the JSON text to store of that of a value. Raises whatever a codec raises."""
         if not self.codecs:
             return text
         data, names = self._encoded(text.encode(), _bytes(place.owner, place.field))
@@ -379,6 +379,16 @@ def _always_there(name: str) -> list[PayloadCodec]:
 def argument(name: str, owner: str, *others: str) -> Place:
     """Return the place of an argument of a workflow."""
     return Place(owner, f"argument {name}", others)
+
+
+def field_of_outcome(key: str) -> str | None:
+    """Return the field of what is recorded under a key; None for records of the engine's own, which stay plain."""
+    operation = unescape_key(key.rpartition("/")[2].partition("#")[0])
+    if operation.startswith("signal:"):
+        return f"signal {operation.removeprefix('signal:')}"
+    if operation.startswith("wait_event("):
+        return f"event {operation.removeprefix('wait_event(').removesuffix(')')}"
+    return None if ":" in operation or "(" in operation else f"step {key}"
 
 
 def owner_of_key(name: str, key: str | None) -> str:

@@ -16,7 +16,7 @@ import sqla_durable.api.hints as hints
 from sqla_durable.api.sessions import in_savepoint
 from sqla_durable.definitions.checks import fault_in
 from sqla_durable.definitions.codec import Codec
-from sqla_durable.definitions.payloads import Payloads, Place, argument
+from sqla_durable.definitions.payloads import Payloads, Place, argument, field_of_outcome
 from sqla_durable.errors import ArgumentError, NotFoundError
 from sqla_durable.manage.verbs import Selected, apply_verb
 from sqla_durable.models import Workflow
@@ -155,8 +155,13 @@ def _sealed(change: forks.Change, names: Mapping[UUID, str]) -> forks.Change:
     return replace(
         change,
         input={name: payloads.seal(text, argument(name, _FORK)) for name, text in change.input.items()},
-        outcomes={key: payloads.seal(text, Place(_FORK, f"step {key}")) for key, text in change.outcomes.items()},
+        outcomes={key: _sealed_outcome(payloads, key, text) for key, text in change.outcomes.items()},
     )
+
+
+def _sealed_outcome(payloads: Payloads, key: str, text: str) -> str:
+    field = field_of_outcome(key)
+    return text if field is None else payloads.seal(text, Place(_FORK, field))
 
 
 def _copied(session: Session, names: Mapping[UUID, str], ids: Mapping[UUID, UUID], change: forks.Change) -> set[UUID]:

@@ -17,6 +17,7 @@ from sqla_durable import (
     Durable,
     Encryption,
     Executor,
+    PayloadCodec,
     Worker,
     Workflow,
     WorkflowFunction,
@@ -171,6 +172,9 @@ def test_a_fork_reads_what_it_has_copied_and_what_it_was_given(engine: Engine, s
     assert run(session, checkout, copy, "?") == f"{SECRET}?"
     other = manage.fork(session, copy, input={"card": "other " + SECRET}, outcomes={"repeat": "changed " + SECRET})
     assert run(session, checkout, other, "?") == f"changed {SECRET}?"
+    received = manage.fork(session, original, outcomes={"signal:more": " received " + SECRET})
+    session.commit()
+    assert Executor(session).execute(checkout, received) == f"{SECRET} received {SECRET}"
     assert where_plain(engine) == []
 
 
@@ -229,6 +233,9 @@ def test_a_rotated_key_is_read_and_a_missing_one_suspends(
     gc.collect()  # its functions refer to it, and it to them
     without = Durable(sessionmaker=session_factory)
     simple(without)
+    with pytest.raises(errors.PayloadKeyError, match="no Durable of this process has a codec or key"):
+        Executor(session).execute(simple(without), row)
+    assert status_of(session, row) is WorkflowStatus.PENDING
     with Worker(without, poll_interval=TICK):
         races.wait_until(lambda: status_of(session, row) is WorkflowStatus.SUSPENDED)
     rotated = encrypted(sessionmaker=session_factory)
@@ -323,3 +330,36 @@ def test_tools_for_tests_read_what_is_encrypted(session: Session) -> None:
     assert SECRET not in json.dumps(history)
     rotated = Durable(payloads=[Encryption({"newer": "n" * 32, "new": KEY})])
     assert replay(simple(rotated), history).fits
+
+
+def test_what_a_schedule_starts_is_encrypted(session_factory: sessionmaker[Session], engine: Engine) -> None:
+    durable = encrypted(sessionmaker=session_factory)
+
+    @durable.schedule("* * * * * *", arguments={"card": SECRET})
+    @durable.workflow
+    def report(card: str) -> str:
+        return card
+
+    with Worker(durable, poll_interval=TICK), session_factory() as session:
+        races.wait_until(lambda: session.scalars(select(Workflow.id).where(Workflow.finished_at.is_not(None))).all())
+        (done,) = session.scalars(select(Workflow.id).where(Workflow.finished_at.is_not(None)).limit(1))
+    assert report.handle(session_factory, done).result() == SECRET
+    assert where_plain(engine) == []
+
+
+def test_a_codec_that_raises_fails_its_step(session: Session) -> None:
+    class Broken(PayloadCodec):
+        names = ("broken",)
+
+        def encode(self, data: bytes, place: bytes) -> bytes | None:
+            if b"\nstep" in place:
+                raise OSError("the key service is away")
+            return None
+
+        def decode(self, name: str, data: bytes, place: bytes) -> bytes:
+            return data
+
+    durable = Durable(payloads=[Broken()])
+    checkout = simple(durable)
+    with pytest.raises(OSError, match="the key service is away"):
+        run(session, checkout, checkout.start(session, "a"))
