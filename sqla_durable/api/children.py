@@ -14,7 +14,7 @@ from sqla_durable.api.workflows import AnyWorkflowFunction, BoundWorkflow, bind_
 from sqla_durable.definitions.checks import require_duration
 from sqla_durable.definitions.error_classes import Find
 from sqla_durable.definitions.registry import WorkflowDefinition
-from sqla_durable.errors import ArgumentError
+from sqla_durable.errors import ArgumentError, PayloadKeyError
 from sqla_durable.operations import children
 from sqla_durable.operations.calls import Position
 from sqla_durable.operations.runtime import Runtime
@@ -327,5 +327,7 @@ async def _nothing(runtime: Runtime, position: Position) -> list[Any]:
 def _value_or_error(outcome: WorkflowOutcome, definition: WorkflowDefinition, find: Find) -> Any:
     try:
         return outcome.value(definition, find=find)
+    except PayloadKeyError:  # another process may have the key
+        raise
     except Exception as error:
         return error

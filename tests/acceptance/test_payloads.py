@@ -245,6 +245,41 @@ def test_a_rotated_key_is_read_and_a_missing_one_suspends(
     assert run(session, checkout, row) == f"{SECRET}!"
 
 
+def test_code_that_catches_everything_does_not_end_without_the_key(session: Session) -> None:
+    def defined(durable: Durable) -> tuple[WorkflowFunction[[], list[Any]], WorkflowFunction[[int], int]]:
+        @durable.workflow
+        def child(number: int) -> int:
+            return number
+
+        @durable.workflow
+        def parent() -> list[Any]:
+            try:
+                return [*map_children(child, [1, 2], tolerate=2), wait_signal("more", str)]
+            except Exception as error:
+                return [str(error)]
+
+        return parent, child
+
+    old = Durable(payloads=[Encryption({"old": OLD_KEY})])
+    parent, child = defined(old)
+    row = parent.start(session)
+    session.commit()
+    Executor(session).execute_until_waiting(parent, row)
+    for each in row.children:
+        Executor(session).execute(child, each)
+    Executor(session).execute_until_waiting(parent, row)
+    del old, parent, child
+    gc.collect()
+    send_signal(session, row, "more", "plain")
+    session.commit()
+    without, _ = defined(Durable())
+    with pytest.raises(errors.PayloadKeyError):
+        Executor(session).execute(without, row)
+    assert status_of(session, row) is WorkflowStatus.PENDING
+    knowing, _ = defined(encrypted())
+    assert Executor(session).execute(knowing, row) == [1, 2, "plain"]
+
+
 def test_what_is_not_encrypted_is_refused_where_that_is_required(session: Session) -> None:
     durable = Durable(payloads=[Encryption({"new": KEY}, required=True)])
     checkout = simple(durable)
