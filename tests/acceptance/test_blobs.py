@@ -24,6 +24,7 @@ from sqla_durable import (
     Executor,
     Worker,
     Workflow,
+    WorkflowFunction,
     Zstandard,
     create_blob,
     manage,
@@ -96,11 +97,9 @@ def sweep(engine: Engine, durable: Durable) -> int:
     return asyncio.run(swept())
 
 
-def test_a_document_passes_from_the_caller_through_steps_to_the_caller(
-    engine: Engine, session_factory: Sessions, url: str | None, tmp_path: Path
-) -> None:
-    durable = Durable(sessionmaker=session_factory, blobs=url, payloads=[Zstandard(), Encryption({"new": "k" * 32})])
-
+def converting(
+    durable: Durable, session_factory: Sessions
+) -> WorkflowFunction[[dict[str, list[Blob]]], tuple[Blob, Blob]]:
     @durable.step
     def reverse(source: Blob) -> Blob:
         with open_blob(session_factory, source) as reader, create_blob(media_type="text/plain") as writer:
@@ -123,6 +122,15 @@ def test_a_document_passes_from_the_caller_through_steps_to_the_caller(
         made = reverse(source)
         return made, shorten(made)
 
+    return convert
+
+
+def test_a_document_passes_from_the_caller_through_steps_to_the_caller(
+    engine: Engine, session_factory: Sessions, url: str | None, tmp_path: Path
+) -> None:
+    durable = Durable(sessionmaker=session_factory, blobs=url, payloads=[Zstandard(), Encryption({"new": "k" * 32})])
+
+    convert = converting(durable, session_factory)
     with session_factory.begin() as session:
         source = written(session=session, durable=durable)
         workflow = convert.start(session, {"all": [source]}).id

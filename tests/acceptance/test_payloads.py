@@ -77,10 +77,8 @@ def where_plain(engine: Engine, words: str = SECRET) -> list[str]:
         return [table for table, count in found if count]
 
 
-def test_nothing_that_a_workflow_stores_can_be_read_in_the_tables(
-    engine: Engine, session_factory: sessionmaker[Session]
-) -> None:
-    durable = encrypted(Zstandard(over=40), sessionmaker=session_factory)
+def storing_everywhere(durable: Durable, session_factory: sessionmaker[Session]) -> WorkflowFunction[..., list[str]]:
+    """Return a workflow that stores what it is given wherever a workflow can."""
 
     @durable.step
     def charge(card: str) -> str:
@@ -121,6 +119,14 @@ def test_nothing_that_a_workflow_stores_can_be_read_in_the_tables(
         with session_factory() as inner:
             return inner.scalars(select(Workflow.id).where(Workflow.name == "checkout")).one()
 
+    return checkout
+
+
+def test_nothing_that_a_workflow_stores_can_be_read_in_the_tables(
+    engine: Engine, session_factory: sessionmaker[Session]
+) -> None:
+    durable = encrypted(Zstandard(over=40), sessionmaker=session_factory)
+    checkout = storing_everywhere(durable, session_factory)
     with Worker(durable, poll_interval=TICK):
         with session_factory.begin() as session:
             started = checkout.start(session, SECRET).id
