@@ -401,6 +401,8 @@ class _Reading:
             return b""
         stored = await self._stored(found)
         chunk = self._payloads.open_chunk(stored, self._blob.id, self._number, is_sealed=found.is_sealed)
+        if not chunk:  # to a reader that is the end, which is compared with the hash before
+            raise DecodingError(f"chunk {self._number} of blob {self._blob.id} has no bytes: it was changed.")
         self._number += 1
         self._size += len(chunk)
         self._hash.update(chunk)

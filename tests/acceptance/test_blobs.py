@@ -359,6 +359,16 @@ def test_an_object_cannot_be_completed_in_an_old_snapshot(engine: Engine, tmp_pa
         assert objects(tmp_path) == []
 
 
+def test_a_forged_chunk_without_bytes_is_not_the_end(session_factory: Sessions) -> None:
+    with session_factory.begin() as session:
+        blob = written(session=session, durable=Durable(payloads=[Zstandard()]))
+        session.execute(
+            update(BlobChunk).where(BlobChunk.blob_id == blob.id, BlobChunk.number == 1).values(data=b"[]\n")
+        )
+    with pytest.raises(DecodingError, match=f"chunk 1 of blob {blob.id} has no bytes"):
+        open_blob(session_factory, blob).read()
+
+
 def test_what_was_changed_is_not_read(session_factory: Sessions, tmp_path: Path) -> None:
     durable, encrypted = Durable(), Durable(payloads=[Encryption({"new": "k" * 32}, required=True)])
     outside = Durable(blobs=f"file://{tmp_path}")
