@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from uuid import UUID
 from weakref import ReferenceType, ref
 
@@ -304,7 +304,8 @@ class Payloads:
         """
         if not self.is_required:
             return opened(text, place)
-        names: list[str] = json.loads(text)["$as"] if text.startswith(MARK) else []
+        found: Any = json.loads(text)["$as"] if text.startswith(MARK) else []
+        names = list(map(str, cast("list[Any]", found))) if isinstance(found, list) else []  # it may be forged
         if not self._own_keys.intersection(names):
             raise DecodingError(
                 f"the stored {place.field} of workflow {place.owner} is not encrypted, which Encryption(required=True) "

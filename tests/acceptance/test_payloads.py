@@ -297,6 +297,16 @@ def test_what_is_not_encrypted_is_refused_where_that_is_required(session: Sessio
         run(session, checkout, plain)
 
 
+@pytest.mark.parametrize("forged", [5, None, [["aes-siv:new"]]])
+def test_forged_envelopes_are_refused_as_what_cannot_be_decoded(session: Session, forged: object) -> None:
+    checkout = simple(Durable(payloads=[Encryption({"new": KEY}, required=True)]))
+    workflow = checkout.start(session, SECRET)
+    session.commit()
+    session.execute(update(Workflow).where(Workflow.id == workflow.id).values(input={"card": {"$as": forged}}))
+    with pytest.raises(errors.DecodingError):
+        run(session, checkout, workflow)
+
+
 def test_rows_from_before_and_rows_of_sql_are_read(session: Session) -> None:
     before = Durable()
     row = simple(before).start(session, SECRET)
