@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from uuid import UUID
 from weakref import ReferenceType, ref
 
@@ -26,6 +27,7 @@ _LARGEST = 2**28 - 1
 _PUBLISHED = "event ", "stream "
 """The fields that forks have copies of, and that are read by whom nobody has said whether it is of a fork."""
 
+_NEXT, _COLON = re.compile(r"[\s,]*."), re.compile(r"\s*:\s*")
 _SHORTEST_SECRET = 32
 _KEY_BYTES = 64
 _NO_NAMES = '":'
@@ -282,19 +284,14 @@ class Payloads:
         """Return the JSON text to store of that of the arguments of a workflow, an object: each is sealed by itself."""
         if not self.codecs:
             return text
-        members = json.loads(text)
-        for name, each in members.items():
-            members[name] = json.loads(self.seal(_json(each), argument(name, owner)))
-        return _json(members)
+        return _object({name: self.seal(each, argument(name, owner)) for name, each in _members(text).items()})
 
     def open_members(self, text: str, place: Place) -> str:
         """Return the JSON text of arguments from that which is stored. Raises as `open`."""
         if MARK not in text and not self.is_required:
             return text
-        members = json.loads(text)
-        for name, each in members.items():
-            members[name] = json.loads(self.open(_json(each), argument(name, *place.owners)))
-        return _json(members)
+        opened_ones = {name: self.open(each, argument(name, *place.owners)) for name, each in _members(text).items()}
+        return _object(opened_ones)
 
     def open(self, text: str, place: Place) -> str:
         """Return the JSON text of a value from that which is stored; see `opened`.
@@ -304,9 +301,12 @@ class Payloads:
         """
         if not self.is_required:
             return opened(text, place)
-        found: Any = json.loads(text)["$as"] if text.startswith(MARK) else []
-        names = list(map(str, cast("list[Any]", found))) if isinstance(found, list) else []  # it may be forged
-        if not self._own_keys.intersection(names):
+        match json.loads(text) if text.startswith(MARK) else None:
+            case {"$as": [*names]}:  # it may be forged
+                is_ours = not self._own_keys.isdisjoint(map(str, names))
+            case _:
+                is_ours = False
+        if not is_ours:
             raise DecodingError(
                 f"the stored {place.field} of workflow {place.owner} is not encrypted, which Encryption(required=True) "
                 "refuses: who inserted it has no key, or it is from before."
@@ -400,6 +400,22 @@ def owner_of_key(name: str, key: str | None) -> str:
 def owner_of_schedule(name: str) -> str:
     """Return the owner of the arguments of what a schedule starts."""
     return f"schedule {name}"
+
+
+def _members(text: str) -> dict[str, str]:
+    """Return the JSON texts of the members of an object by name, as they are: numbers that Python rounds among them."""
+    decoder, found = json.JSONDecoder(parse_int=str, parse_float=str), dict[str, str]()
+    at = text.index("{") + 1
+    while (begin := _NEXT.match(text, at)) and begin[0][-1] == '"':
+        name, at = decoder.raw_decode(text, begin.end() - 1)
+        start = _COLON.match(text, at).end()  # type: ignore[union-attr]  # the text is JSON
+        _, at = decoder.raw_decode(text, start)
+        found[name] = text[start:at]
+    return found
+
+
+def _object(members: Mapping[str, str]) -> str:
+    return f"{{{','.join(f'{json.dumps(name, ensure_ascii=False)}:{each}' for name, each in members.items())}}}"
 
 
 def _json(value: Any) -> str:

@@ -414,3 +414,20 @@ def test_a_codec_that_raises_fails_its_step(session: Session) -> None:
     checkout = simple(durable)
     with pytest.raises(OSError, match="the key service is away"):
         run(session, checkout, checkout.start(session, "a"))
+
+
+def test_values_beside_encrypted_ones_stay_as_they_are(session: Session) -> None:
+    durable = encrypted()
+
+    @durable.workflow
+    def checkout(card: str, amount: float, note: dict[str, Any]) -> list[Any]:
+        return [card, amount, note]
+
+    row = checkout.start(session, SECRET, 1.0, {})
+    session.commit()
+    sealed = json.dumps(row.input["card"])
+    given = f'{{"card": {sealed}, "amount": -1.5E+2 , "note": {{"a,}} \\"": [], "b": "{{"}}}}'
+    session.execute(text("UPDATE durable.workflow SET input = :input"), {"input": given})
+    session.commit()
+    done = Executor(session).execute(checkout, row)
+    assert done == [SECRET, -150.0, {'a,} "': [], "b": "{"}]
