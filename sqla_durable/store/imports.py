@@ -7,6 +7,7 @@ not executed before somebody resumes it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -66,8 +67,12 @@ def existing(session: Session, ids: Sequence[UUID]) -> set[UUID]:
     return set(scalars(session, _EXISTING, {"ids": list(ids)}))
 
 
-def add(session: Session, lines: Sequence[str]) -> Imported:
+def add(session: Session, lines: Sequence[str], *, moment: datetime) -> Imported:
     """Insert workflows, each the text of an object of `histories`, without their parents; see `link`.
+
+    Args:
+        lines: the texts.
+        moment: when those are cancelled that were unfinished: one for a whole tree, so that it is resumed as a whole.
 
     Raises:
         IntegrityError: one of the ids, or a name with its key, is there already.
@@ -77,15 +82,21 @@ def add(session: Session, lines: Sequence[str]) -> Imported:
     ids = list(scalars(session, _INSERT, parameters))
     for each in (_STEPS, _SIGNALS, _EVENTS, _STREAM_ITEMS):
         execute(session, each, parameters)
-    cancelled = list(scalars(session, _END, parameters))
+    cancelled = list(scalars(session, _END, parameters | {"moment": moment}))
     most = execute(session, _GREATEST, {"ids": ids}).one()
     return Imported(ids, cancelled.count(True), most.signal_id, most.event_id)
 
 
-def link(session: Session, parents: Mapping[UUID, UUID]) -> int:
-    """Make workflows the children of their parents, where these are there; return of how many the parent is not."""
+def link(session: Session, parents: Mapping[UUID, UUID]) -> None:
+    """Make workflows that have no parent the children of theirs, where these are there."""
     rows = [{"id": child.hex, "parent_id": parent.hex} for child, parent in parents.items()]
-    return len(rows) - len(list(scalars(session, _LINK, batch_parameter("linked", rows))))
+    execute(session, _LINK, batch_parameter("linked", rows))
+
+
+def now(session: Session) -> datetime:
+    """Return the time of the database's clock."""
+    found: datetime = execute(session, _NOW).scalar_one()
+    return found
 
 
 def reserve_ids(session: Session, imported: Imported) -> None:
@@ -128,7 +139,7 @@ def _insert_statement() -> Any:
 
 
 def _end_statement() -> Any:
-    """Write their outcomes; those without one are cancelled at one time, so that a tree is resumed as a whole."""
+    """Write their outcomes; those without one are cancelled."""
     columns = [each for each in WORKFLOW.c if each.name in _OF_OUTCOME | {"id"}]
     rows = _row("workflow", columns, of="json_to_record")
     given = sa.select(rows).select_from(_LINES.join(rows, sa.true())).subquery("given")
@@ -138,7 +149,7 @@ def _end_statement() -> Any:
         "status": sa.cast(status, WORKFLOW.c.status.type),
         "output": _json_value(given.c.output, given.c.status == text_literal("succeeded")),
         "error": sa.case((is_open, sa.null()), else_=given.c.error),
-        "finished_at": sa.case((is_open, pg.statement_timestamp()), else_=given.c.finished_at),
+        "finished_at": sa.case((is_open, parameter("moment", sa.DateTime(timezone=True))), else_=given.c.finished_at),
         "cancellation": given.c.cancellation,
     }
     return sa.update(WORKFLOW).values(values).where(WORKFLOW.c.id == given.c.id).returning(is_open)
@@ -173,6 +184,7 @@ def _insert_into(table: sa.Table, member: str) -> Any:
 
 _TEXTS = ARRAY(Text())
 
+_NOW = Statement(lambda: sa.select(pg.statement_timestamp()))
 _EXISTING = Statement(lambda: sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id)))
 _INSERT = Statement(_insert_statement)
 _END = Statement(_end_statement)
@@ -196,7 +208,7 @@ def _link_statement() -> Any:
     known = sa.select(linked.c.id, parent.c.id.label("parent_id")).join(parent, parent.c.id == linked.c.parent_id)
     found = known.subquery("known")
     changed = sa.update(WORKFLOW).values(parent_id=found.c.parent_id).where(WORKFLOW.c.id == found.c.id)
-    return changed.returning(WORKFLOW.c.id)
+    return changed.where(WORKFLOW.c.parent_id.is_(None))
 
 
 def _reserve_statement() -> Any:

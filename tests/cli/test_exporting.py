@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from uuid import UUID
 
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, select, text
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
@@ -129,12 +129,16 @@ def test_what_cannot_be_imported_is_refused_with_its_line(database_url: str, eng
     line = run("export").out
     again = run("import", "-", stdin=line)
     assert again.code == 2
-    assert "lines 1 to 1 of - were not imported, and nothing after them; 0 workflows before them were: " in again.err
+    assert "line 1 of - cannot be imported: duplicate key value violates" in again.err
+    assert "--skip-existing leaves out what is there already. 0 workflows before it were imported" in again.err
     assert run("import", "-", "--skip-existing", stdin=line).out == "0 workflows imported.\n"
     renamed = json.loads(line)
     renamed["workflow"] |= {"id": str(uuid7()), "parent_id": str(uuid7())}
     assert "workflow_name_key_key" in run("import", "-", stdin=json.dumps(renamed)).err
-    renamed["workflow"]["key"] = None
+    renamed["workflow"] |= {"key": None, "status": "lost"}
+    wrong = run("import", "-", stdin=json.dumps(renamed))
+    assert ("line 1 of - cannot be imported: " in wrong.err, "--skip-existing" in wrong.err) == (True, False)
+    renamed["workflow"]["status"] = "pending"
     packed = tmp_path / "one.jsonl.gz"
     packed.write_bytes(gzip.compress(json.dumps(renamed).encode()))
     orphan = run("import", packed)
@@ -143,3 +147,33 @@ def test_what_cannot_be_imported_is_refused_with_its_line(database_url: str, eng
         refused = run("import", "-", stdin=given)
         assert (refused.code, words in refused.err, "as `sqla-durable export` writes" in refused.err) == (2, True, True)
     assert "No such file" in run("import", tmp_path / "nothing").err
+
+
+def test_a_large_tree_is_resumed_as_a_whole_also_if_the_import_was_repeated(
+    session_factory: sessionmaker[Session], database_url: str, empty_database_url: str, tmp_path: Path
+) -> None:
+    run, other, file = CommandLine(database_url), CommandLine(empty_database_url), tmp_path / "all.jsonl"
+    with session_factory() as session:
+        root = Workflow(name="parent", input={})
+        session.add(root)
+        session.flush()
+        session.add_all(Workflow(name="child", input={}, parent_id=root.id) for _ in range(120))
+        session.commit()
+        made = root.id
+    assert run("export", "-o", file).code == 0
+    assert other("migrate").code == 0
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 121
+    stopped = other("import", "-", stdin="".join([*lines[:60], "stop"]))
+    assert (stopped.code, "line 61 of -" in stopped.err) == (2, True)
+    assert other("import", file, "--skip-existing").out.startswith("71 workflows imported, of which 71 were unfinished")
+    moved = create_engine(empty_database_url)
+    with Session(moved) as session:
+        assert len(session.get_one(Workflow, made).children) == 120
+        assert len(set(session.scalars(select(Workflow.finished_at)))) == 2  # of two imports
+    assert other("delete", "--all", "--yes").out == "121 workflows deleted.\n"
+    assert other("import", file).code == 0
+    assert other("resume", made, "--yes").code == 0
+    with Session(moved) as session:
+        assert set(session.scalars(select(Workflow.status))) == {"pending"}
+    moved.dispose()

@@ -19,10 +19,14 @@ from sqla_durable.tools.cli.errors import CommandError
 from sqla_durable.tools.cli.groups import grouped
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy.exc import DBAPIError
     from sqlalchemy.orm import Session
 
 _AT_ONCE = 50
 """How many workflows one transaction inserts."""
+_UNIQUE_VIOLATION = "23505"
 _LISTS = "steps", "signals", "events", "stream_items"
 
 
@@ -49,53 +53,77 @@ def import_(
     """
     from sqlalchemy.exc import DBAPIError
 
-    from sqla_durable.definitions.redaction import driver_message
+    from sqla_durable.store import imports
 
     number = cancelled = 0
-    parents: dict[UUID, UUID] = {}
+    orphans: dict[UUID, list[UUID]] = {}
     with act.session() as session, _opened(file) as lines:
+        with session.begin():
+            moment = imports.now(session)
         for portion in _portions(_parsed(lines, file)):
+            new: Sequence[_Line] = portion
             try:
                 with act.transaction(session):
-                    done = _import(session, portion, parents, act=act, file=file, skip_existing=skip_existing)
+                    known = imports.existing(session, [each.id for each in portion]) if skip_existing else set[UUID]()
+                    new = list({each.id: each for each in portion if each.id not in known}.values())
+                    done = imports.add(session, [each.text for each in new], moment=moment)
+                    _link(session, portion, orphans)
+                    imports.reserve_ids(session, done)
+                    act.note_workflows(session, done.ids, "import", {"file": file.name})
             except DBAPIError as error:
-                first, last = portion[0].number, portion[-1].number
-                raise CommandError(
-                    f"lines {first} to {last} of {file} were not imported, and nothing after them; {counted(number)} "
-                    f"before them were: {driver_message(error.orig) if error.orig else error}. If they are there "
-                    "already, use --skip-existing."
-                ) from None
-            number, cancelled = number + done[0], cancelled + done[1]
-    if parents:
-        warn([f"The parents of {counted(len(parents))} are not in this database: they have none now."])
+                raise _refused(session, new, error, moment=moment, file=file, before=number) from None
+            number, cancelled = number + len(done.ids), cancelled + done.cancelled
+    if orphans:
+        count = sum(map(len, orphans.values()))
+        warn([f"The parents of {counted(count)} are not in this database: they have none now."])
     more = f", of which {cancelled:,} were unfinished and are cancelled: `resume` lets them go on" if cancelled else ""
     message = f"{counted(number)} imported{more}."
     act.print(message, value=number, verb="import", workflows=number, cancelled=cancelled)
 
 
-def _import(
-    session: Session, portion: Sequence[_Line], parents: dict[UUID, UUID], *, act: Act, file: Path, skip_existing: bool
-) -> tuple[int, int]:
-    """Import a portion in the caller's transaction; return how many workflows that are, and how many were unfinished.
+def _link(session: Session, portion: Sequence[_Line], orphans: dict[UUID, list[UUID]]) -> None:
+    """Link children of a portion with parents that are there, and earlier children with parents of the portion.
 
     Args:
-        parents: those of earlier lines whose parents were not there yet; it has them afterwards, too.
+        orphans: by parents that were not there yet, their children of earlier lines; it has them afterwards, too.
     """
     from sqla_durable.store import imports
 
-    known = imports.existing(session, [each.id for each in portion]) if skip_existing else set[UUID]()
-    new = [each for each in portion if each.id not in known]
-    if not new:
-        return 0, 0
-    done = imports.add(session, [each.text for each in new])
-    parents |= {each.id: each.parent_id for each in new if each.parent_id is not None}
+    parents = {each.id: each.parent_id for each in portion if each.parent_id is not None}
     there = imports.existing(session, [*{*parents.values()}])
-    imports.link(session, {child: parent for child, parent in parents.items() if parent in there})
-    for child in [child for child, parent in parents.items() if parent in there]:
-        del parents[child]
-    imports.reserve_ids(session, done)
-    act.note_workflows(session, done.ids, "import", {"file": file.name})
-    return len(done.ids), done.cancelled
+    for child, parent in parents.items():
+        if parent not in there:
+            orphans.setdefault(parent, []).append(child)
+    linked = {child: parent for child, parent in parents.items() if parent in there}
+    linked |= {child: each.id for each in portion for child in orphans.pop(each.id, [])}
+    imports.link(session, linked)
+
+
+def _refused(
+    session: Session, lines: Sequence[_Line], error: DBAPIError, *, moment: datetime, file: Path, before: int
+) -> CommandError:
+    """Return the error that names the first of these lines that the database refuses also by itself."""
+    from sqlalchemy.exc import DBAPIError
+
+    from sqla_durable.definitions.database_errors import sqlstate
+    from sqla_durable.definitions.redaction import driver_message
+    from sqla_durable.store import imports
+
+    which = f"lines {lines[0].number} to {lines[-1].number} of {file} cannot"
+    for each in lines:
+        try:
+            imports.add(session, [each.text], moment=moment)
+        except DBAPIError as of_line:
+            which, error = f"line {each.number} of {file} cannot", of_line
+            break
+        finally:
+            session.rollback()
+    reason = driver_message(error.orig) if error.orig else str(error)
+    hint = " --skip-existing leaves out what is there already." if sqlstate(error) == _UNIQUE_VIOLATION else ""
+    return CommandError(
+        f"{which} be imported: {reason}.{hint} {counted(before)} before it were imported, and nothing of its "
+        f"{_AT_ONCE} lines and after them."
+    )
 
 
 def _portions(lines: Iterator[_Line]) -> Iterator[Sequence[_Line]]:
