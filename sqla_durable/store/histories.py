@@ -28,27 +28,37 @@ from sqla_durable.store.statements import (
     text_literal,
 )
 
-_OF_ATTEMPTS = "token", "worker_id"
+OF_ATTEMPTS = "token", "worker_id"
 """What is left out: it identifies an attempt, and is of use only where that is executed."""
+
+FORMAT = 1
+"""Which form the objects have; another one is not read."""
+
+LISTS = {"steps": STEP, "signals": SIGNAL, "events": EVENT, "stream_items": STREAM_ITEM}
+"""The rows that belong to a workflow, by the members of its object."""
 
 
 def histories(connectable: Connectable, workflow_ids: Sequence[UUID]) -> list[str]:
     """Read workflows, the newest first, each as the text of a JSON object without line breaks. Takes no lock.
 
-    It has the columns of the `workflow`, its `steps`, `signals`, `events` and `stream_items`, and of its `children` the
-    ids, names and keys. All are from one snapshot; those that do not exist are left out.
+    It has its `format`, the columns of the `workflow`, its `steps`, `signals`, `events` and `stream_items`, and of its
+    `children` the ids, names and keys. All are from one snapshot; those that do not exist are left out.
     """
     return list(scalars(connectable, _HISTORIES, {"ids": list(workflow_ids)}))
 
 
 def _statement() -> Any:
     child = WORKFLOW.alias("child")
+    order = {
+        STEP: [STEP.c.position],
+        SIGNAL: [SIGNAL.c.id],
+        EVENT: [EVENT.c.id],
+        STREAM_ITEM: [STREAM_ITEM.c.name, STREAM_ITEM.c.number],
+    }
     parts = {
-        "workflow": _object([each for each in WORKFLOW.c if each.name not in _OF_ATTEMPTS]),
-        "steps": _list_of(STEP, STEP.c.position),
-        "signals": _list_of(SIGNAL, SIGNAL.c.id),
-        "events": _list_of(EVENT, EVENT.c.id),
-        "stream_items": _list_of(STREAM_ITEM, STREAM_ITEM.c.name, STREAM_ITEM.c.number),
+        "format": sa.literal_column(f"{FORMAT}"),
+        "workflow": _object([each for each in WORKFLOW.c if each.name not in OF_ATTEMPTS]),
+        **{name: _list_of(table, *order[table]) for name, table in LISTS.items()},
         "children": _list([child.c.id, child.c.name, child.c.parent_key], child.c.parent_id, child.c.id),
     }
     arguments = [argument for name, value in parts.items() for argument in (text_literal(name), value)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -18,12 +19,11 @@ from sqlalchemy.orm import Session
 
 from sqla_durable.definitions.dataclass import dataclass
 from sqla_durable.models.base import StepStatus, Text, WorkflowStatus
+from sqla_durable.store.histories import LISTS
 from sqla_durable.store.schema import schema_of
 from sqla_durable.store.statements import (
     EVENT,
     SIGNAL,
-    STEP,
-    STREAM_ITEM,
     WORKFLOW,
     ZERO,
     Expression,
@@ -80,17 +80,21 @@ def add(session: Session, lines: Sequence[str], *, moment: datetime) -> Imported
     """
     parameters = {"lines": f"[{','.join(lines)}]"}
     ids = list(scalars(session, _INSERT, parameters))
-    for each in (_STEPS, _SIGNALS, _EVENTS, _STREAM_ITEMS):
+    for each in _ROWS:
         execute(session, each, parameters)
     cancelled = list(scalars(session, _END, parameters | {"moment": moment}))
     most = execute(session, _GREATEST, {"ids": ids}).one()
     return Imported(ids, cancelled.count(True), most.signal_id, most.event_id)
 
 
-def link(session: Session, parents: Mapping[UUID, UUID]) -> None:
-    """Make workflows that have no parent the children of theirs, where these are there."""
+def link(session: Session, parents: Mapping[UUID, UUID]) -> Sequence[UUID]:
+    """Make workflows that have no parent the children of theirs, where these are there.
+
+    Returns:
+        Those that are now among their own parents.
+    """
     rows = [{"id": child.hex, "parent_id": parent.hex} for child, parent in parents.items()]
-    execute(session, _LINK, batch_parameter("linked", rows))
+    return list(scalars(session, _IN_CYCLES, {"ids": list(scalars(session, _LINK, batch_parameter("linked", rows)))}))
 
 
 def now(session: Session) -> datetime:
@@ -188,10 +192,7 @@ _NOW = Statement(lambda: sa.select(pg.statement_timestamp()))
 _EXISTING = Statement(lambda: sa.select(WORKFLOW.c.id).where(is_among(WORKFLOW.c.id)))
 _INSERT = Statement(_insert_statement)
 _END = Statement(_end_statement)
-_STEPS = Statement(lambda: _insert_into(STEP, "steps"))
-_SIGNALS = Statement(lambda: _insert_into(SIGNAL, "signals"))
-_EVENTS = Statement(lambda: _insert_into(EVENT, "events"))
-_STREAM_ITEMS = Statement(lambda: _insert_into(STREAM_ITEM, "stream_items"))
+_ROWS = [Statement(partial(_insert_into, table, member)) for member, table in LISTS.items()]
 
 
 def _greatest_statement() -> Any:
@@ -208,7 +209,14 @@ def _link_statement() -> Any:
     known = sa.select(linked.c.id, parent.c.id.label("parent_id")).join(parent, parent.c.id == linked.c.parent_id)
     found = known.subquery("known")
     changed = sa.update(WORKFLOW).values(parent_id=found.c.parent_id).where(WORKFLOW.c.id == found.c.id)
-    return changed.where(WORKFLOW.c.parent_id.is_(None))
+    return changed.where(WORKFLOW.c.parent_id.is_(None)).returning(WORKFLOW.c.id)
+
+
+def _in_cycles_statement() -> Any:
+    own = sa.select(WORKFLOW.c.id, WORKFLOW.c.parent_id.label("above_id")).where(is_among(WORKFLOW.c.id))
+    above, parent = own.cte("above", recursive=True), WORKFLOW.alias("parent")
+    every = above.union(sa.select(above.c.id, parent.c.parent_id).join(parent, parent.c.id == above.c.above_id))
+    return sa.select(every.c.id).where(every.c.id == every.c.above_id)
 
 
 def _reserve_statement() -> Any:
@@ -220,4 +228,5 @@ def _reserve_statement() -> Any:
 
 _GREATEST = Statement(_greatest_statement)
 _LINK = Statement(_link_statement)
+_IN_CYCLES = Statement(_in_cycles_statement)
 _RESERVE = Statement(_reserve_statement)

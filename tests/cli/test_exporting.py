@@ -6,9 +6,10 @@ import gzip
 import json
 import stat
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy import Engine, create_engine, delete, select, text
 from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
@@ -138,15 +139,71 @@ def test_what_cannot_be_imported_is_refused_with_its_line(database_url: str, eng
     renamed["workflow"] |= {"key": None, "status": "lost"}
     wrong = run("import", "-", stdin=json.dumps(renamed))
     assert ("line 1 of - cannot be imported: " in wrong.err, "--skip-existing" in wrong.err) == (True, False)
+    assert "0 workflows before it were imported. Nothing of its 50 lines, or after them, was imported." in wrong.err
     renamed["workflow"]["status"] = "pending"
     packed = tmp_path / "one.jsonl.gz"
     packed.write_bytes(gzip.compress(json.dumps(renamed).encode()))
     orphan = run("import", packed)
-    assert orphan.err == "The parents of 1 workflow are not in this database: they have none now.\n"
-    for given, words in {"{}": "'workflow'", "1": "line 1", "\n{": "line 2 of -", '{"workflow": 1}': "line 1"}.items():
-        refused = run("import", "-", stdin=given)
-        assert (refused.code, words in refused.err, "as `sqla-durable export` writes" in refused.err) == (2, True, True)
+    assert orphan.err == "The parents of 1 workflow are not in this database: it has none now.\n"
+    one = "1 workflow imported, of which 1 was unfinished and is cancelled: `resume` lets it go on.\n"
+    assert orphan.out == one
     assert "No such file" in run("import", tmp_path / "nothing").err
+
+
+def test_a_line_that_export_does_not_write_is_refused(
+    database_url: str, session_factory: sessionmaker[Session]
+) -> None:
+    run = CommandLine(database_url)
+    with session_factory.begin() as session:
+        child.start(session)
+    line: dict[str, Any] = json.loads(run("export").out)
+    with session_factory.begin() as session:
+        session.execute(delete(Workflow))
+    row: dict[str, Any] = line["workflow"]
+    wrong: list[tuple[Any, str]] = [
+        ({}, "it has no 'format'"),
+        (1, "it is no JSON object"),
+        (line | {"format": 2}, "its format is 2, and this release reads 1"),
+        (line | {"workflow": 1}, "workflow has no JSON object"),
+        (line | {"later": []}, "the line has later, which this release does not know"),
+        (line | {"workflow": row | {"later": 1, "more": 1}}, "workflow has later, more, which"),
+        (line | {"steps": [{"key": "a", "later": 1}]}, "steps has later, which this release does not know"),
+        (line | {"steps": [1]}, "steps has no JSON object"),
+        (line | {"events": None}, "events is no list"),
+        (line | {"workflow": row | {"parent_id": row["id"]}}, "it is its own parent"),
+        ({each: line[each] for each in line.keys() - {"signals"}}, "it has no 'signals'"),
+    ]
+    for given, words in wrong:
+        refused = run("import", "-", stdin=json.dumps(given))
+        kind = "line 1 of - is not a workflow as `sqla-durable export` of this release writes it: "
+        assert (refused.code, words in refused.err, kind in refused.err) == (2, True, True), refused.err
+    assert "line 3 of - is not" in run("import", "-", stdin=f"\n{json.dumps(line)}\n{{").err
+    assert run("list", "-q").out == ""
+
+
+def test_the_same_id_twice_and_parents_in_a_circle_are_refused(
+    database_url: str, session_factory: sessionmaker[Session]
+) -> None:
+    run = CommandLine(database_url)
+    with session_factory.begin() as session:
+        made = [child.start(session).id for _ in range(3)]
+    lines = [json.loads(each) for each in run("export").out.splitlines()]
+    with session_factory.begin() as session:
+        session.execute(delete(Workflow))
+    twice = run("import", "-", stdin="\n".join(json.dumps(each) for each in [*lines, lines[0]]))
+    assert (twice.code, f"line 4 of - has the id of line 1, {made[2]}" in twice.err) == (2, True)
+    for one, parent in zip(lines, [made[1], made[0], made[2]], strict=True):  # each is the next one's child
+        one["workflow"]["parent_id"] = str(parent)
+    circle = run("import", "-", stdin="\n".join(map(json.dumps, lines)))
+    assert (circle.code, "in - lead back to itself" in circle.err) == (2, True)
+    assert run("list", "-q").out == ""
+    lines[0]["workflow"]["parent_id"] = None
+    given = "\n".join(map(json.dumps, [*lines, lines[0]]))
+    assert run("import", "-", "--skip-existing", stdin=given).out.startswith("3 workflows imported")
+    with session_factory.begin() as session:  # what only SQL can write
+        session.get_one(Workflow, made[2]).parent_id = made[0]
+    shown = run("show", made[0])
+    assert (shown.code, str(made[1]) in shown.out) == (0, True)
 
 
 def test_a_large_tree_is_resumed_as_a_whole_also_if_the_import_was_repeated(

@@ -186,10 +186,12 @@ def _without_secrets(step: Row, *, as_text: bool) -> Row:
 def _children(session: Session, workflow_id: UUID, *, whole: bool) -> tuple[list[Row], bool]:
     """Return the tree under a workflow, level by level and then in order, and whether some of it is left out."""
     found: dict[UUID, list[Row]] = {}
+    seen = {workflow_id}  # of rows that somebody has written, parents may lead in a circle
     level, left, has_more = [workflow_id], MOST_CHILDREN * (20 if whole else 1), False
     for _ in range(DEEPEST):
         rows = _rows(session, _children_of(level).limit(left + 1)) if level else []
-        has_more, rows = has_more or len(rows) > left, rows[:left]
+        has_more, rows = has_more or len(rows) > left, [each for each in rows[:left] if each["id"] not in seen]
+        seen |= {each["id"] for each in rows}
         for each in rows:
             found.setdefault(each["parent_id"], []).append(each)
         level, left = [each["id"] for each in rows], left - len(rows)

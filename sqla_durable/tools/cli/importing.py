@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, cast
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 _AT_ONCE = 50
 """How many workflows one transaction inserts."""
 _UNIQUE_VIOLATION = "23505"
-_LISTS = "steps", "signals", "events", "stream_items"
+_NOT_IMPORTED = f"Nothing of its {_AT_ONCE} lines, or after them, was imported."
+_LINKED_AT_ONCE = 1_000
 
 
 class _Line(NamedTuple):
@@ -64,10 +66,9 @@ def import_(
             new: Sequence[_Line] = portion
             try:
                 with act.transaction(session):
-                    known = imports.existing(session, [each.id for each in portion]) if skip_existing else set[UUID]()
-                    new = list({each.id: each for each in portion if each.id not in known}.values())
+                    new = _new(session, portion, file, skip_existing=skip_existing)
                     done = imports.add(session, [each.text for each in new], moment=moment)
-                    _link(session, portion, orphans)
+                    _link(session, portion, orphans, file)
                     imports.reserve_ids(session, done)
                     act.note_workflows(session, done.ids, "import", {"file": file.name})
             except DBAPIError as error:
@@ -75,17 +76,53 @@ def import_(
             number, cancelled = number + len(done.ids), cancelled + done.cancelled
     if orphans:
         count = sum(map(len, orphans.values()))
-        warn([f"The parents of {counted(count)} are not in this database: they have none now."])
-    more = f", of which {cancelled:,} were unfinished and are cancelled: `resume` lets them go on" if cancelled else ""
-    message = f"{counted(number)} imported{more}."
+        has = "it has" if count == 1 else "they have"
+        warn([f"The parents of {counted(count)} are not in this database: {has} none now."])
+    message = f"{counted(number)} imported{_cancelled_in_words(cancelled)}."
     act.print(message, value=number, verb="import", workflows=number, cancelled=cancelled)
 
 
-def _link(session: Session, portion: Sequence[_Line], orphans: dict[UUID, list[UUID]]) -> None:
+def _cancelled_in_words(number: int) -> str:
+    match number:
+        case 0:
+            return ""
+        case 1:
+            return ", of which 1 was unfinished and is cancelled: `resume` lets it go on"
+        case _:
+            return f", of which {number:,} were unfinished and are cancelled: `resume` lets them go on"
+
+
+def _new(session: Session, portion: Sequence[_Line], file: Path, *, skip_existing: bool) -> Sequence[_Line]:
+    """Return the lines whose workflows are to be inserted.
+
+    Raises:
+        CommandError: two of them have the same id, and none is to be skipped.
+    """
+    from sqla_durable.store import imports
+
+    found: dict[UUID, _Line] = {}
+    for each in portion:
+        earlier = found.setdefault(each.id, each)
+        if earlier is not each and not skip_existing:
+            raise CommandError(
+                f"line {each.number} of {file} has the id of line {earlier.number}, {each.id}: remove one of them, or "
+                f"skip the second by --skip-existing. {_NOT_IMPORTED}"
+            )
+    there = imports.existing(session, [*found]) if skip_existing else set[UUID]()
+    return [each for each in found.values() if each.id not in there]
+
+
+def _link(session: Session, portion: Sequence[_Line], orphans: dict[UUID, list[UUID]], file: Path) -> None:
     """Link children of a portion with parents that are there, and earlier children with parents of the portion.
 
     Args:
+        session: which has inserted them.
+        portion: the lines.
         orphans: by parents that were not there yet, their children of earlier lines; it has them afterwards, too.
+        file: where they are from.
+
+    Raises:
+        CommandError: one is among its own parents.
     """
     from sqla_durable.store import imports
 
@@ -96,7 +133,13 @@ def _link(session: Session, portion: Sequence[_Line], orphans: dict[UUID, list[U
             orphans.setdefault(parent, []).append(child)
     linked = {child: parent for child, parent in parents.items() if parent in there}
     linked |= {child: each.id for each in portion for child in orphans.pop(each.id, [])}
-    imports.link(session, linked)
+    remaining = iter(linked.items())
+    while some := dict(islice(remaining, _LINKED_AT_ONCE)):
+        if in_cycles := imports.link(session, some):
+            raise CommandError(
+                f"the parents of workflow {in_cycles[0]} in {file} lead back to itself. No database of ours has such "
+                f"workflows: mend the lines, or leave one of them out. {_NOT_IMPORTED}"
+            )
 
 
 def _refused(
@@ -120,9 +163,9 @@ def _refused(
             session.rollback()
     reason = driver_message(error.orig) if error.orig else str(error)
     hint = " --skip-existing leaves out what is there already." if sqlstate(error) == _UNIQUE_VIOLATION else ""
+    were = "was" if before == 1 else "were"
     return CommandError(
-        f"{which} be imported: {reason}.{hint} {counted(before)} before it were imported, and nothing of its "
-        f"{_AT_ONCE} lines and after them."
+        f"{which} be imported: {reason}.{hint} {counted(before)} before it {were} imported. {_NOT_IMPORTED}"
     )
 
 
@@ -141,23 +184,59 @@ def _parsed(lines: IO[str], file: Path) -> Iterator[_Line]:
         if text.strip():
             try:
                 yield _line(number, text)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise CommandError(
-                    f"line {number} of {file} is not a workflow as `sqla-durable export` writes it ({error!r}): "
-                    f"neither it nor what comes after it was imported, nor the lines before it in its {_AT_ONCE}."
+                    f"line {number} of {file} is not a workflow as `sqla-durable export` of this release writes it: "
+                    f"{_reason(error)}. {_NOT_IMPORTED}"
                 ) from None
 
 
+def _reason(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
 def _line(number: int, text: str) -> _Line:
+    """Return a line whose members and columns this release knows: nothing of it is left out silently."""
+    from sqla_durable.store.histories import FORMAT
+
     found: dict[str, Any] = json.loads(text)
+    if not isinstance(found, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError("it is no JSON object")
+    if found["format"] != FORMAT:
+        raise ValueError(f"its format is {found['format']!r}, and this release reads {FORMAT}")
+    columns = _columns()
+    _refuse_unknown(found, {"format", "children", *columns}, of="the line")
     row = cast("dict[str, Any]", found["workflow"])
+    _refuse_unknown(row, columns["workflow"], of="workflow")
     for each in ("name", "status", "input", "attempt", "created_at"):
         row[each]
-    for each in _LISTS:
-        if not isinstance(found[each], list):
+    for each in columns.keys() - {"workflow"}:
+        rows: list[dict[str, Any]] = found[each]
+        if not isinstance(rows, list):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{each} is no list")
-    parent = row.get("parent_id")
-    return _Line(number, text, UUID(row["id"]), None if parent is None else UUID(parent))
+        for one in rows:
+            _refuse_unknown(one, columns[each], of=each)
+    own, parent = UUID(row["id"]), None if row.get("parent_id") is None else UUID(row["parent_id"])
+    if own == parent:
+        raise ValueError("it is its own parent")
+    return _Line(number, text, own, parent)
+
+
+@cache
+def _columns() -> Mapping[str, Set[str]]:
+    """Return the columns of the workflow and of its rows, by the member of a line that has them."""
+    from sqla_durable.store.histories import LISTS, OF_ATTEMPTS
+    from sqla_durable.store.statements import WORKFLOW
+
+    lists = {member: {*table.c.keys()} - {"workflow_id"} for member, table in LISTS.items()}
+    return {"workflow": {*WORKFLOW.c.keys()} - {*OF_ATTEMPTS}, **lists}
+
+
+def _refuse_unknown(given: dict[str, Any], known: Set[str], *, of: str) -> None:
+    if not isinstance(given, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{of} has no JSON object where one must be")
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"{of} has {', '.join(unknown)}, which this release does not know")
 
 
 @contextmanager
