@@ -74,10 +74,13 @@ def _other_status(status: WorkflowStatus, wake_at: datetime | None) -> str:
 def _pauses(found: Any) -> Iterator[str]:
     if found["paused_at"] is not None:
         since = time_text(found["paused_at"])
-        yield f"queue {found['queue']!r} has been paused since {since}: resume it."
+        yield f"queue {found['queue']!r} has been paused since {since}: resume it (`sqla-durable queue resume`)."
     if found["key_paused_at"] is not None:
         since = time_text(found["key_paused_at"])
-        yield f"key {found['by']!r} of its queue has been paused since {since}: resume it."
+        yield (
+            f"key {found['by']!r} of its queue has been paused since {since}: resume it "
+            "(`sqla-durable queue resume --by`)."
+        )
     if found["deadline_at"] is not None and found["deadline_at"] <= found["read_at"]:
         yield f"its deadline was {time_text(found['deadline_at'])}: a worker lets it fail."
 

@@ -181,8 +181,8 @@ def _refuse_missing(names: Mapping[UUID, str], wanted: Selection) -> None:
     for each in wanted.ids:
         if each not in names:
             raise NotFoundError(
-                f"no workflow {each} is visible to this session: is the transaction that started it committed? "
-                "Nothing was started.",
+                f"no workflow {each} is visible here: is the transaction that started it committed? Nothing was "
+                "started.",
                 workflow_id=each,
             )
 

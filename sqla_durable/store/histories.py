@@ -55,8 +55,8 @@ def _statement() -> Any:
         EVENT: [EVENT.c.id],
         STREAM_ITEM: [STREAM_ITEM.c.name, STREAM_ITEM.c.number],
     }
-    parts = {
-        "format": sa.literal_column(f"{FORMAT}"),
+    parts: dict[str, Expression] = {
+        "format": sa.literal_column(f"{FORMAT}", sa.Integer()),
         "workflow": _object([each for each in WORKFLOW.c if each.name not in OF_ATTEMPTS]),
         **{name: _list_of(table, *order[table]) for name, table in LISTS.items()},
         "children": _list([child.c.id, child.c.name, child.c.parent_key], child.c.parent_id, child.c.id),

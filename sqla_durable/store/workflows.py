@@ -70,8 +70,8 @@ def state(session: Session, workflow_id: UUID) -> WorkflowState:
 def not_found(session: Session, workflow_id: UUID) -> NotFoundError:
     """Return the error for a workflow that is not visible."""
     return NotFoundError(
-        f"no workflow {workflow_id} is visible in {connection_of(session).engine.url.render_as_string()}: is the "
-        "transaction that started it committed?",
+        f"no workflow {workflow_id} is visible here, in {connection_of(session).engine.url.render_as_string()}: is "
+        "the transaction that started it committed?",
         workflow_id=workflow_id,
     )
 

@@ -73,7 +73,12 @@ def test_history_is_exported_as_it_is_in_the_database(
     assert (len(ids), ids) == (2, sorted(ids, reverse=True))
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert [each.name for each in tmp_path.iterdir()] == ["all.jsonl"]
-    assert run("export", uuid7(), made).code == 1
+    nobody = uuid7()
+    missing = run("export", nobody, made)
+    assert (missing.code, missing.err) == (1, f"no workflow {nobody} is visible here: it was not exported.\n")
+    assert f"no workflow {nobody} is visible here, in postgresql" in run("show", nobody).err
+    assert f"no workflow {nobody} is visible here: signal 'go' cannot be sent" in run("signal", nobody, "go").err
+    assert f"no workflow {nobody} is visible here: it was not" in run("cancel", nobody, "--yes").err
     assert "No such file or directory" in run("export", "-o", tmp_path / "no" / "file").err
 
 

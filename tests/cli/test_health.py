@@ -83,7 +83,7 @@ def test_a_worker_says_when_it_is_ready(application: Application, database_url: 
 def test_it_starts_again_when_a_file_changes(
     application: Application, database_url: str, manager: socket.socket
 ) -> None:
-    command = ("worker", "ledger:durable", "--reload", "--grace", "1")
+    command = ("worker", "ledger:durable", "--reload", "--grace", "1s")
     process = application.start_fresh(*command, environment={"DATABASE_URL": database_url})
     with manager:
         try:

@@ -169,7 +169,7 @@ def test_watch_prints_again_until_it_is_interrupted(
         races.enqueue(session)
 
     monkeypatch.setattr("time.sleep", pause)
-    called = command("list", "-q", "--watch", 3)
+    called = command("list", "-q", "--watch", "3s")
     assert pauses == [3, 3]
     assert [called.lines[0], called.lines[2]] == [str(first)] * 2
     assert len(called.lines) == 3

@@ -62,7 +62,7 @@ def test_killed_worker_is_replaced_and_all_are_restarted_and_stopped(
     application: Application, calls: socket.socket, database_url: str, session_factory: sessionmaker[Session]
 ) -> None:
     workflow = started(session_factory, "ada")
-    command = application.start_fresh("worker", "ledger:durable", "--processes=2", "--lease=1", "--url", database_url)
+    command = application.start_fresh("worker", "ledger:durable", "--processes=2", "--lease=1s", "--url", database_url)
     with stopped(command):
         assert command.stderr is not None
         lines = iter(command.stderr)

@@ -29,7 +29,7 @@ def run(database_url: str) -> CommandLine:
 def test_queue_is_set_and_says_what_it_was(run: CommandLine, engine: Engine) -> None:
     made = run("queue", "set", "mail", "--concurrency", "10", "--rate", "100/1m", "--fair", "--weight", "ada=3")
     assert made.out == (
-        "Queue 'mail': concurrency none → 10, rate none → 100/1m, fair none → True, weight of ada 1 → 3.\n"
+        "Queue 'mail': concurrency none → 10, rate none → 100/1m, fair no → yes, weight of ada 1 → 3.\n"
     )
     assert made.err == "Nobody claims from a queue 'mail', and nothing waits in it: is that its name?\n"
     changed = run("queue", "set", "mail", "--concurrency", "5", "--rate", "none", "--key-rate", "5/s", "--json")
@@ -43,14 +43,16 @@ def test_queue_is_set_and_says_what_it_was(run: CommandLine, engine: Engine) -> 
         ("--rate", "5", "--rate '5' is not N/PERIOD"),
         ("--concurrency", "many", "'many' is no number; none removes the limit."),
         ("--weight", "ada", "--weight 'ada' is not KEY=N"),
+        ("--weight", "ada=0", "--weight 'ada=0' has no number of 1 or more after the key"),
+        ("--fifo", "maybe", "--fifo 'maybe' is none of skip, block; none removes it."),
+        ("--while-suspended", "keep", "--while-suspended 'keep' is none of release, hold; none removes it."),
     ):
         assert message in run("queue", "set", "mail", option, value).err
     wrong: tuple[tuple[str, str, str | None], ...] = (
-        ("--fifo", "last", "--fifo 'last' is none of 'skip', 'block'"),
         ("--concurrency", "0", "--concurrency 0 is not an integer from 1 to "),
         ("--rate", "0/1m", "--rate 0 is not an integer from 1 to "),
         ("--while-suspended", "hold", None),
-        ("--weight", "ada=x", "--weight 'ada=x' has no number after the key"),
+        ("--weight", "ada=x", "--weight 'ada=x' has no number of 1 or more after the key"),
     )
     for option, value, words in wrong:
         refused = run("queue", "set", "mail", option, value)
@@ -69,7 +71,13 @@ def test_queue_and_key_are_paused_once_and_resumed(run: CommandLine, engine: Eng
     assert run("queue", "pause", "mail").out == "Queue 'mail' is paused.\n"
     assert run("queue", "pause", "mail").out == "Queue 'mail' was already paused.\n"
     assert run("queue", "resume", "mail", "-q").out == "mail\n"
-    assert run("queue", "pause", "mail", "--by", "ada").out == "Key 'ada' of queue 'mail' is paused.\n"
+    again = run("queue", "resume", "mail")
+    unknown = "Nobody claims from a queue 'mail', and nothing waits in it: is that its name?\n"
+    assert (again.out, again.err) == ("Queue 'mail' was not paused.\n", unknown)
+    assert run("queue", "drain", "mail").err == unknown
+    assert "`sqla-durable schedules` lists" in run("schedule", "pause", "nigthly").err
+    paused = run("queue", "pause", "mail", "--by", "ada")
+    assert (paused.out, paused.err) == ("Key 'ada' of queue 'mail' is paused.\n", unknown)
     assert run("queue", "resume", "mail", "--by", "ada", "--json").rows[0]["changed"] is True
     assert [(each[0], each[3]) for each in log(engine)[1:]] == [
         ("queue pause", None),

@@ -158,9 +158,12 @@ def test_other_schema_version_is_explained(
     ("arguments", "said"),
     [
         (["--lease", "0"], "lease must be longer than zero, got 0 seconds"),
-        (["--poll-interval", "-1"], "poll_interval must be longer than zero"),
+        (["--poll-interval", "0"], "poll_interval must be longer than zero"),
         (["--queue", " "], "names no queue"),
-        (["--lease", "1e300"], "--lease must be a number of seconds, got 1e+300"),
+        (["--lease", "30"], "--lease '30' is no duration: write a number with a unit, such as 30s, 5m, 2h or 7d."),
+        (["--poll-interval", "-1s"], "--poll-interval '-1s' is no duration"),
+        (["--grace", "9999999999w"], "--grace '9999999999w' is no duration"),
+        (["--start-timeout", "366d"], "--start-timeout must be 0 to 365d, got 366d"),
         (["--log-level", "loud"], "--log-level 'loud' is none of"),
         (["--concurrency", "0"], "Invalid value for '--concurrency'"),
     ],
@@ -169,16 +172,6 @@ def test_wrong_setting_is_explained(application: Application, arguments: list[st
     done = application.run("worker", "ledger:durable", "--url", "postgresql://nobody@127.0.0.1:1/none", *arguments)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.returncode == 2
-
-
-@pytest.mark.parametrize("option", ["--lease", "--poll-interval", "--grace", "--start-timeout"])
-@pytest.mark.parametrize("seconds", ["inf", "1e300"])
-def test_seconds_that_are_none_are_refused_with_the_option_and_the_value(
-    application: Application, option: str, seconds: str
-) -> None:
-    done = application.run("worker", "ledger:durable", "--url", USELESS, option, seconds)
-    assert f"{option} must be a number of seconds, got {float(seconds)!r}." in done.stderr
     assert done.returncode == 2
 
 

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from uuid_utils.compat import uuid7
 
 from sqla_durable import Durable, Executor, Step, Workflow, WorkflowStatus, wait_signal, wait_update
+from sqla_durable.errors import DecodingError
 from sqla_durable.models import Audit
 from sqla_durable.tools.cli import choosing
 from tests.cli.invoking import CommandLine, log
@@ -279,3 +280,29 @@ def test_a_fork_is_not_forked_again_whatever_the_clock_of_the_operator_says(
     monkeypatch.setattr("sqla_durable.manage.forks.uuid7", lambda: UUID(int=next(early)))
     CommandLine(database_url)("fork", "--all", "--batch", "1", "--yes")
     assert len(left(engine)) == 6
+
+
+def test_a_signal_of_a_wrong_type_is_mended_by_a_fork_from_its_wait(
+    run: CommandLine, session_factory: sessionmaker[Session]
+) -> None:
+    durable = Durable()
+
+    @durable.workflow
+    def counting() -> int:
+        return wait_signal("go", int)
+
+    with session_factory() as session:
+        made = counting.start(session).id
+        session.commit()
+        assert run("signal", made, "go", '"many"').code == 0
+        with pytest.raises(DecodingError, match="signal 'go'"):
+            Executor(session).execute(counting, made)
+        session.commit()
+        fork = UUID(run("fork", made, "--from-step", "signal:go", "-q").out.strip())
+        assert run("signal", fork, "go", "3").code == 0
+        assert Executor(session).execute(counting, fork) == 3
+
+
+def test_a_server_that_does_not_answer_is_said_to_be_out_of_reach() -> None:
+    refused = CommandLine("postgresql://nobody@127.0.0.1:1/none")("list")
+    assert (refused.code, refused.err.startswith("sqla-durable: the database cannot be reached: ")) == (1, True)

@@ -17,7 +17,7 @@ from typing import Self
 from shop.demo.errors import DemoError
 
 EXAMPLES = Path(__file__).parents[2]
-WORKER = ["-m", "sqla_durable", "worker", "shop:durable", "--lease", "2", "--poll-interval", "0.1"]
+WORKER = ["-m", "sqla_durable", "worker", "shop:durable", "--lease", "2s", "--poll-interval", "100ms"]
 _PATIENCE = 30
 
 

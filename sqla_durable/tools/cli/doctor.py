@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,11 +11,12 @@ import typer
 from sqla_durable.tools.cli.database import App, Schema, Url
 from sqla_durable.tools.cli.errors import DONE, FOUND_ERRORS, FOUND_WARNINGS, CommandError
 from sqla_durable.tools.cli.output import AsJson, Quiet
+from sqla_durable.tools.cli.times import duration_option
 
 if TYPE_CHECKING:
     from sqla_durable.tools.doctor import Finding
 
-_LONGEST = 31_536_000
+_PATIENCE = timedelta(minutes=5)
 
 
 def doctor(
@@ -22,8 +24,8 @@ def doctor(
     app: App = None,
     schema: Schema = None,
     patience: Annotated[
-        float, typer.Option("--patience", metavar="SECONDS", help="From when on a wait is a finding.")
-    ] = 300,
+        timedelta, duration_option("--patience", help="From when on a wait is a finding.", default=_PATIENCE)
+    ] = _PATIENCE,
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", metavar="CODE", help="Leave out this finding; repeat it.")
     ] = None,
@@ -34,17 +36,13 @@ def doctor(
 
     Exit codes: 0 nothing, or notes only; 3 warnings; 4 errors.
     """
-    from datetime import timedelta
-
     from sqla_durable.tools.cli.database import engine_of
     from sqla_durable.tools.doctor import examine
 
-    if not 0 <= patience <= _LONGEST:
-        raise CommandError(f"--patience must be 0 to {_LONGEST} seconds, got {patience}.")
     ignored = _codes(ignore or [])
     engine = engine_of(url, app, schema)
     try:
-        found = [each for each in examine(engine, patience=timedelta(seconds=patience)) if each.code not in ignored]
+        found = [each for each in examine(engine, patience=patience) if each.code not in ignored]
     finally:
         engine.dispose()
     _print(found, json=json, quiet=quiet)

@@ -11,7 +11,7 @@ from typing import IO, Annotated
 
 import typer
 
-from sqla_durable.tools.cli.acting import counted
+from sqla_durable.tools.cli.acting import counted, warn
 from sqla_durable.tools.cli.choosing import Choice, Ids, portions
 from sqla_durable.tools.cli.database import App, Schema, Url, session_of
 from sqla_durable.tools.cli.errors import FAILED, CommandError
@@ -42,17 +42,19 @@ def export(
     from sqla_durable.store.histories import histories
 
     choice = Choice.of(ids, filters, everything=not ids and filters.is_empty)
-    number = 0
+    number, missing = 0, dict.fromkeys(choice.ids)
     with session_of(url, app, schema) as session, _opened(output) as file:
         for portion in portions(session, choice.select(), _AT_ONCE):
             for line in histories(session, portion):
                 file.write(f"{line}\n")
                 number += 1
+            for each in portion:
+                missing.pop(each, None)
             session.rollback()
     if output is not None:
         typer.echo(f"{counted(number)} exported to {output}.", err=True)
-    if number < len(choice.ids):
-        typer.echo(f"{counted(len(choice.ids) - number)} that were named do not exist.", err=True)
+    if missing:
+        warn(f"no workflow {each} is visible here: it was not exported." for each in missing)
         raise typer.Exit(FAILED)
 
 

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
@@ -14,12 +13,11 @@ import typer
 
 from sqla_durable.tools.cli.errors import CommandError
 from sqla_durable.tools.cli.groups import grouped
+from sqla_durable.tools.cli.times import moment
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
 
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _CONDITION = re.compile(r"input((?:\.[^.=\s]+)+)=(.*)", re.DOTALL)
 
 
@@ -126,52 +124,6 @@ def parsed_id(text: str) -> UUID:
         return UUID(text)
     except ValueError:
         raise CommandError(f"{text!r} is not the id of a workflow: write it as `list` shows it.") from None
-
-
-def moment(option: str, text: str) -> datetime:
-    """Return a time: one in ISO 8601, in UTC where it has no zone, or so long ago: 30s, 5m, 2h, 7d, 1w.
-
-    Raises:
-        CommandError: it is none.
-    """
-    matched = _DURATION.fullmatch(text)
-    try:
-        if matched is not None:
-            return datetime.now(UTC) - timedelta(**{_UNITS[matched[2]]: float(matched[1])})
-        found = datetime.fromisoformat(text)
-        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        raise CommandError(
-            f"{option} {text!r} is no time: write 2026-11-29T08:00, or how long ago, such as 2h."
-        ) from None
-
-
-def parsed_moment(option: str, text: str) -> datetime:
-    """Return a time in ISO 8601, in UTC where it has no zone.
-
-    Raises:
-        CommandError: it is none.
-    """
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise CommandError(f"{option} {text!r} is no time: write 2026-11-29T08:00, or with a zone +01:00.") from None
-    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
-
-
-def parsed_duration(option: str, text: str) -> timedelta:
-    """Return a duration: 30s, 5m, 2h, 7d, 1w, or 0.
-
-    Raises:
-        CommandError: it is none.
-    """
-    matched = _DURATION.fullmatch("0s" if text == "0" else text)
-    try:
-        if matched is not None:
-            return timedelta(**{_UNITS[matched[2]]: float(matched[1])})
-    except OverflowError:
-        pass
-    raise CommandError(f"{option} {text!r} is no duration: write a number with a unit, such as 30s, 5m, 2h or 7d.")
 
 
 def parsed_tags(given: Iterable[str] | None) -> dict[str, str]:

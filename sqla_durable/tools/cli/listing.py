@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +20,7 @@ from sqla_durable.tools.cli.output import (
     repeat,
     shown,
 )
+from sqla_durable.tools.cli.times import duration_option
 
 if TYPE_CHECKING:
     from sqla_durable import Schedule
@@ -40,7 +41,7 @@ def list_workflows(
         str | None, typer.Option("--after", metavar="ID", help="The last id of the page before: those that come next.")
     ] = None,
     watch: Annotated[
-        float | None, typer.Option("--watch", metavar="SECONDS", min=0.1, help="Print again every so many seconds.")
+        timedelta | None, duration_option("--watch", help="Print again so often: each 5s.", least="100ms")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

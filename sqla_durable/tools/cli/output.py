@@ -109,8 +109,8 @@ def print_lines(text: str, *, indent: str = "  ") -> None:
         print(f"{indent}{shown(line)}")
 
 
-def repeat(print_once: Callable[[], None], *, every: float | None) -> None:
-    """Print once, or after so many seconds again, until Ctrl-C; where the output is a terminal, it is cleared first."""
+def repeat(print_once: Callable[[], None], *, every: timedelta | None) -> None:
+    """Print once, or again and again until Ctrl-C; where the output is a terminal, it is cleared first."""
     if every is None:
         print_once()
         return
@@ -120,7 +120,7 @@ def repeat(print_once: Callable[[], None], *, every: float | None) -> None:
                 print(_CLEAR, end="")
             print_once()
             sys.stdout.flush()
-            time.sleep(every)
+            time.sleep(every.total_seconds())
 
 
 def _text_of(value: object) -> str:

@@ -10,9 +10,9 @@ import typer
 
 from sqla_durable.tools.cli.acting import Act, counted
 from sqla_durable.tools.cli.errors import CommandError
-from sqla_durable.tools.cli.filters import parsed_duration
 from sqla_durable.tools.cli.groups import grouped
 from sqla_durable.tools.cli.output import Yes, confirm, print_json
+from sqla_durable.tools.cli.times import parsed_duration
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -103,8 +103,8 @@ def _sweeps(
     found = [_Sweep(each.name, each.wanted) for each in retention.policies(session)]
     if not found:
         raise CommandError(
-            "there is no policy of retention in this database: say --keep 90d, or make one by Durable.retention or "
-            "manage.put_retention. Nothing was deleted."
+            "there is no policy of retention in this database: say --keep 90d, or declare one in the code by "
+            "Durable.retention. Nothing was deleted."
         )
     return found
 

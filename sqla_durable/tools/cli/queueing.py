@@ -14,8 +14,8 @@ from sqla_durable.errors import ArgumentError
 from sqla_durable.tools.cli.acting import Act, counted, warn
 from sqla_durable.tools.cli.database import App, Schema, Url, session_of
 from sqla_durable.tools.cli.errors import FAILED, CommandError
-from sqla_durable.tools.cli.filters import parsed_duration
 from sqla_durable.tools.cli.groups import grouped
+from sqla_durable.tools.cli.times import parsed_duration
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -34,6 +34,7 @@ _By = Annotated[str | None, typer.Option("--by", metavar="KEY", help="One key of
 
 _COUNTS = "concurrency", "per_worker", "per_key"
 _RATES = "rate", "key_rate"
+_CHOICES = {"fifo": ("skip", "block"), "while_suspended": ("release", "hold")}
 _NONE = "none"
 _RATE = re.compile(r"(\d+)/(.+)")
 _PAUSE_BETWEEN_POLLS = 0.5  # seconds
@@ -71,10 +72,9 @@ def _switch(name: str, by: str | None, act: Act, *, verb: str) -> None:
             changed = was_paused != pauses
             if changed:
                 act.note_subject(session, name, verb, {"by": by})
-        if pauses and not _is_known(session, name):
-            warn([f"Nobody claims from a queue {name!r}, and nothing waits in it: is that its name?"])
-    state = "paused" if pauses else "not paused"
-    message = f"{what} is {state}." if changed else f"{what} was already {state}."
+        _warn_of_unknown(session, name)
+    did, had = ("is paused", "was already paused") if pauses else ("goes on", "was not paused")
+    message = f"{what} {did if changed else had}."
     act.print(message[0].upper() + message[1:], value=name, verb=verb, queue=name, by=by, changed=changed)
 
 
@@ -141,15 +141,15 @@ def set_(
             session.refresh(row)
             after = _settings(row)
             changes = {
-                each: {"from": _said(each, before.get(each)), "to": _said(each, after[each])}
+                each: {"from": _said(each, before[each]), "to": _said(each, after[each])}
                 for each in after
-                if before.get(each) != after[each] and (found is not None or each in given)
+                if before[each] != after[each]
             }
             changes |= {} if weights is None else _changed_weights(weights_before, weights)
             if changes or found is None:
                 act.note_subject(session, name, "queue set", changes)
-        if found is None and not _is_known(session, name):
-            warn([f"Nobody claims from a queue {name!r}, and nothing waits in it: is that its name?"])
+        if found is None:
+            _warn_of_unknown(session, name)
     _print_changes(name, changes, act)
 
 
@@ -163,26 +163,29 @@ def _in_options(message: str) -> str:
     return message
 
 
+def _warn_of_unknown(session: Session, name: str) -> None:
+    """Say that a name may be misspelt: nothing waits or runs in such a queue, and no worker claims from it."""
+    if not _is_known(session, name):
+        warn([f"Nobody claims from a queue {name!r}, and nothing waits in it: is that its name?"])
+
+
 def _is_known(session: Session, name: str) -> bool:
-    """Return whether a queue has anything waiting in it, or a live worker claims from it."""
+    """Return whether a queue has anything unfinished in it, or a worker claims from it."""
     from sqlalchemy import select
 
-    from sqla_durable import Workflow, WorkflowStatus
     from sqla_durable.definitions.queues import fitting
     from sqla_durable.models import Worker
-    from sqla_durable.store.statements import status_literal
 
-    is_pending = Workflow.status == status_literal(WorkflowStatus.PENDING)
-    if session.scalar(select(Workflow.id).where(Workflow.queue == name, is_pending).limit(1)) is not None:
+    if any(_unfinished(session, name)):
         return True
     patterns = [each for queues in session.scalars(select(Worker.queues)) for each in queues]
     return fitting(patterns).fullmatch(name) is not None
 
 
 def _settings(row: Queue | None) -> dict[str, Any]:
-    """Return the settings of a queue as `put_queue` takes them, without weights; none if it has no row."""
+    """Return the settings of a queue as `put_queue` takes them, without weights; the defaults if it has no row."""
     if row is None:
-        return {}
+        return {**dict.fromkeys((*_COUNTS, *_RATES, "fifo", "aging")), "while_suspended": "release", "fair": False}
     return {
         "concurrency": row.concurrency,
         "per_worker": row.per_worker,
@@ -225,19 +228,27 @@ def _period(value: timedelta) -> str:
 
 def _print_changes(name: str, changes: Mapping[str, Any], act: Act) -> None:
     listed = ", ".join(
-        f"{each.replace('_', '-')} {_or_none(change['from'])} → {_or_none(change['to'])}"
+        f"{each.replace('_', '-')} {_in_words(change['from'])} → {_in_words(change['to'])}"
         for each, change in changes.items()
     )
     message = f"Queue {name!r}: {listed}." if changes else f"Queue {name!r} is unchanged."
     act.print(message, value=name, verb="queue set", queue=name, changes=changes)
 
 
-def _or_none(value: object) -> object:
-    return _NONE if value is None else value
+def _in_words(value: object) -> object:
+    match value:
+        case None:
+            return _NONE
+        case bool():
+            return "yes" if value else "no"
+        case _:
+            return value
 
 
 def _parsed(name: str, text: str) -> Any:
     option = f"--{name.replace('_', '-')}"
+    if name in _CHOICES and text not in (*_CHOICES[name], _NONE):
+        raise CommandError(f"{option} {text!r} is none of {', '.join(_CHOICES[name])}; {_NONE} removes it.")
     if text == _NONE:
         return "release" if name == "while_suspended" else None
     if name in _COUNTS:
@@ -264,8 +275,8 @@ def _parsed_weights(given: Sequence[str]) -> dict[str, int]:
         key, _, number = each.rpartition("=")
         if not key:
             raise CommandError(f"--weight {each!r} is not KEY=N, such as ada=3.")
-        if not number.isdecimal():
-            raise CommandError(f"--weight {each!r} has no number after the key: write it as ada=3.")
+        if not number.isdecimal() or int(number) < 1:
+            raise CommandError(f"--weight {each!r} has no number of 1 or more after the key: write it as ada=3.")
         found[key] = int(number)
     return found
 
@@ -287,6 +298,7 @@ def drain(
     """
     until = None if timeout is None else time.monotonic() + parsed_duration("--timeout", timeout).total_seconds()
     with session_of(url, app, schema) as session:
+        _warn_of_unknown(session, name)
         while True:
             pending, running = _unfinished(session, name)
             paused = _is_paused(session, name, None)

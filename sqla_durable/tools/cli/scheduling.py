@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sqla_durable.tools.cli.acting import Act, counted
-from sqla_durable.tools.cli.filters import moment
 from sqla_durable.tools.cli.groups import grouped
+from sqla_durable.tools.cli.times import moment
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

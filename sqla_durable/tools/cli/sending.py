@@ -9,8 +9,9 @@ import typer
 
 from sqla_durable.tools.cli.acting import Act, parsed_json, parsed_object
 from sqla_durable.tools.cli.errors import CommandError
-from sqla_durable.tools.cli.filters import parsed_duration, parsed_id, parsed_tags
+from sqla_durable.tools.cli.filters import parsed_id, parsed_tags
 from sqla_durable.tools.cli.groups import grouped
+from sqla_durable.tools.cli.times import parsed_duration
 
 if TYPE_CHECKING:
     from uuid import UUID

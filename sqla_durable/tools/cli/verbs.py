@@ -15,8 +15,9 @@ import typer
 from sqla_durable.tools.cli.acting import Act, parsed_object
 from sqla_durable.tools.cli.choosing import Bulk, Changed, Choice, Ids, Verb, carry_out
 from sqla_durable.tools.cli.errors import CommandError
-from sqla_durable.tools.cli.filters import Filters, parsed_duration, parsed_moment
+from sqla_durable.tools.cli.filters import Filters
 from sqla_durable.tools.cli.groups import grouped
+from sqla_durable.tools.cli.times import parsed_duration, parsed_moment
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select

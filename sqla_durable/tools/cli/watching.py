@@ -22,6 +22,7 @@ from sqla_durable.tools.cli.output import (
     print_table,
     shown,
 )
+from sqla_durable.tools.cli.times import duration_option
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from sqla_durable.tools.cli.recent import Happening, Picture, Rates
 
+_BETWEEN_POLLS, _BETWEEN_PICTURES = timedelta(seconds=1), timedelta(seconds=2)
+_WINDOW, _STARTED_WITHIN = timedelta(minutes=1), timedelta(minutes=10)
 _RATES = "finished/s", "failed", "p50", "p95"
 _WHAT = "started", "succeeded", "failed", "cancelled"
 
@@ -41,11 +44,10 @@ def tail(
         list[str] | None, typer.Option("--status", help=f"What to print: {', '.join(_WHAT)}; repeatable.")
     ] = None,
     interval: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.05, help="How long to wait between two polls.")
-    ] = 1,
-    seconds: Annotated[
-        float | None, typer.Option("--for", metavar="SECONDS", min=0, help="For how long; by default until Ctrl-C.")
-    ] = None,
+        timedelta,
+        duration_option("--interval", help="How long to wait between two polls.", default=_BETWEEN_POLLS, least="50ms"),
+    ] = _BETWEEN_POLLS,
+    length: Annotated[timedelta | None, duration_option("--for", help="For how long; by default until Ctrl-C.")] = None,
     as_json: AsJson = False,
     url: Url = None,
     app: App = None,
@@ -61,8 +63,9 @@ def tail(
         if each not in _WHAT:
             raise CommandError(f"--status {each!r} is none of {', '.join(_WHAT)}.")
     with session_of(url, app, schema) as session, suppress(KeyboardInterrupt):
-        end = None if seconds is None else time.monotonic() + seconds
-        _follow(session, _conditions(name, queue), set(status or _WHAT), interval=interval, end=end, as_json=as_json)
+        end = None if length is None else time.monotonic() + length.total_seconds()
+        pause = interval.total_seconds()
+        _follow(session, _conditions(name, queue), set(status or _WHAT), pause=pause, end=end, as_json=as_json)
 
 
 def _conditions(name: Sequence[str] | None, queue: Sequence[str] | None) -> list[ColumnElement[bool]]:
@@ -77,7 +80,7 @@ def _follow(
     conditions: Sequence[ColumnElement[bool]],
     wanted: set[str],
     *,
-    interval: float,
+    pause: float,
     end: float | None,
     as_json: bool,
 ) -> None:
@@ -88,7 +91,7 @@ def _follow(
     is_warned = False
     while True:
         left = float("inf") if end is None else end - time.monotonic()
-        time.sleep(max(0, min(interval, left)))
+        time.sleep(max(0, min(pause, left)))
         found = [each for each in follower.poll() if each.what in wanted]
         if as_json:
             print_json({"at": each.at, "what": each.what, **each.workflow} for each in found)
@@ -102,7 +105,7 @@ def _follow(
                 f"More than {MOST_WATCHED:,} workflows are unfinished: of some only starts and failures are printed.",
                 err=True,
             )
-        if left <= interval:
+        if left <= pause:
             return
 
 
@@ -119,13 +122,24 @@ def _line(happening: Happening) -> str:
 
 def top(
     *,
-    window: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="The time that is counted.")] = 60,
+    window: Annotated[
+        timedelta, duration_option("--window", help="The time that is counted.", default=_WINDOW, least="1s")
+    ] = _WINDOW,
     started_within: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1, help="Count workflows that started at most so long ago.")
-    ] = 600,
+        timedelta,
+        duration_option(
+            "--started-within",
+            help="Count workflows that started at most so long ago.",
+            default=_STARTED_WITHIN,
+            least="1s",
+        ),
+    ] = _STARTED_WITHIN,
     interval: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.2, help="How long to wait between two pictures.")
-    ] = 2,
+        timedelta,
+        duration_option(
+            "--interval", help="How long to wait between two pictures.", default=_BETWEEN_PICTURES, least="200ms"
+        ),
+    ] = _BETWEEN_PICTURES,
     once: Annotated[bool, typer.Option("--once", help="Print one picture and end, as without a terminal.")] = False,
     url: Url = None,
     app: App = None,
@@ -136,7 +150,7 @@ def top(
     What has failed in the window is all counted. Of what has finished otherwise, only what was started within
     --started-within: its rows are read for each picture, and those of all that is pending.
     """
-    lengths = {"window": timedelta(seconds=window), "started_within": timedelta(seconds=started_within)}
+    lengths = {"window": window, "started_within": started_within}
     with session_of(url, app, schema) as session:
         if once or not sys.stdout.isatty():
             from sqla_durable.tools.cli.recent import picture
@@ -145,10 +159,10 @@ def top(
                 print(f"\n{title}")
                 print_table(columns, rows)
         else:
-            _live(session, lengths, interval=interval)
+            _live(session, lengths, pause=interval.total_seconds())
 
 
-def _live(session: Session, lengths: Mapping[str, Any], *, interval: float) -> None:
+def _live(session: Session, lengths: Mapping[str, Any], *, pause: float) -> None:
     from rich.console import Console, Group
     from rich.live import Live
 
@@ -160,7 +174,7 @@ def _live(session: Session, lengths: Mapping[str, Any], *, interval: float) -> N
             tables = _tables(picture(session, **lengths))
             live.update(Group(*(made_table(columns, rows, title=title) for title, columns, rows in tables)))
             live.refresh()
-            time.sleep(interval)
+            time.sleep(pause)
 
 
 def _tables(found: Picture) -> list[tuple[str, tuple[str, ...], list[list[Any]]]]:

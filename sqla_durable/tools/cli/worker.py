@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from sqla_durable.tools.cli.errors import DONE, INTERRUPTED, CommandError
+from sqla_durable.tools.cli.times import duration_option
 
 if TYPE_CHECKING:
     from sqla_durable import Worker
 
-_TIME_AFTER_GRACE = 20  # seconds; without a database a worker leaves some ten after its grace
+_LEASE, _POLL_INTERVAL, _GRACE = timedelta(seconds=30), timedelta(seconds=1), timedelta(seconds=20)
+_START_TIMEOUT = timedelta(minutes=1)
+_TIME_AFTER_GRACE = timedelta(seconds=20)  # without a database a worker leaves some ten after its grace
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -34,15 +37,24 @@ def worker(
         typer.Option(help="A version of the code whose workflows it claims, repeatable; by default all of them."),
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="How many workflows it executes at once.")] = 100,
-    lease: Annotated[float, typer.Option(metavar="SECONDS", help="How long its claims hold after a heartbeat.")] = 30,
-    poll_interval: Annotated[float, typer.Option(metavar="SECONDS", help="How long it waits between two polls.")] = 1,
+    lease: Annotated[
+        timedelta, duration_option("--lease", help="How long its claims hold after a heartbeat.", default=_LEASE)
+    ] = _LEASE,
+    poll_interval: Annotated[
+        timedelta,
+        duration_option("--poll-interval", help="How long it waits between two polls.", default=_POLL_INTERVAL),
+    ] = _POLL_INTERVAL,
     grace: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="How long a stop waits for steps being executed.")
-    ] = 20,
+        timedelta, duration_option("--grace", help="How long a stop waits for steps being executed.", default=_GRACE)
+    ] = _GRACE,
     start_timeout: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", min=0, help="How long it waits at its start for an unavailable database."),
-    ] = 60,
+        timedelta,
+        duration_option(
+            "--start-timeout",
+            help="How long it waits at its start for an unavailable database.",
+            default=_START_TIMEOUT,
+        ),
+    ] = _START_TIMEOUT,
     listen: Annotated[
         bool | None, typer.Option(help="Whether to listen for hints; by default it does, unless behind a pooler.")
     ] = None,
@@ -112,10 +124,10 @@ def worker(
             queues=queue or None,
             versions=version or None,
             concurrency=concurrency,
-            lease=_duration("--lease", lease),
-            poll_interval=_duration("--poll-interval", poll_interval),
-            grace=_duration("--grace", grace),
-            start_timeout=_duration("--start-timeout", start_timeout),
+            lease=lease,
+            poll_interval=poll_interval,
+            grace=grace,
+            start_timeout=start_timeout,
             listen=listen,
             max_attempts=max_attempts,
             name=name,
@@ -141,14 +153,14 @@ def _run_watched(chosen: Worker, health_port: int | None) -> None:
         _run(chosen)
 
 
-def _run_reloading(grace: float) -> NoReturn:
+def _run_reloading(grace: timedelta) -> NoReturn:
     """Run this command without `--reload`, and start it again when a Python file changes in the current directory."""
     try:
         import watchfiles
     except ImportError:
         raise CommandError("--reload needs the package watchfiles: pip install watchfiles.") from None
     command = [sys.executable, "-m", "sqla_durable", *(each for each in sys.argv[1:] if each != "--reload")]
-    stop_within = int(grace + _TIME_AFTER_GRACE)
+    stop_within = int((grace + _TIME_AFTER_GRACE).total_seconds())
     watchfiles.run_process(
         ".",
         target=shlex.join(command),
@@ -157,13 +169,6 @@ def _run_reloading(grace: float) -> NoReturn:
         sigint_timeout=stop_within,
     )
     raise typer.Exit(DONE)
-
-
-def _duration(option: str, seconds: float) -> timedelta:
-    try:
-        return timedelta(seconds=seconds)
-    except (ValueError, OverflowError):  # not a number, infinite, or more than a hundred million years
-        raise CommandError(f"{option} must be a number of seconds, got {seconds!r}.") from None
 
 
 def _run(chosen: Worker) -> None:
@@ -176,7 +181,7 @@ def _run(chosen: Worker) -> None:
         _exit_without_threads(DONE)
 
 
-def _supervise(count: int, *, grace: float, log_level: str, health_port: int | None) -> int:
+def _supervise(count: int, *, grace: timedelta, log_level: str, health_port: int | None) -> int:
     """Supervise worker processes of this command; return the exit code."""
     from sqla_durable.definitions.log import worker_name
     from sqla_durable.tools.cli.health import announce, watched
@@ -184,7 +189,8 @@ def _supervise(count: int, *, grace: float, log_level: str, health_port: int | N
 
     worker_name.set("supervisor")
     _set_up_logging(log_level)
-    supervisor = Supervisor(worker_command, count, stop_within=grace + _TIME_AFTER_GRACE, on_ready=announce)
+    stop_within = (grace + _TIME_AFTER_GRACE).total_seconds()
+    supervisor = Supervisor(worker_command, count, stop_within=stop_within, on_ready=announce)
     with watched(health_port, is_live=lambda: True, is_ready=lambda: supervisor.all_serve):
         return supervisor.run()
 
