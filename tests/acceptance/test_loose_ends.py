@@ -92,6 +92,7 @@ class Shop:
 
 
 # behaviour: A5
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("way", ["suspended", "lost", "released", "fails", "returns"])
 async def test_nothing_is_left_for_asyncio_to_report(
     session_factory: sessionmaker[Session], async_session_factory: async_sessionmaker[AsyncSession], way: str

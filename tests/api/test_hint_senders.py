@@ -206,6 +206,7 @@ ENDS = [
 ]
 
 
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize(("driver", "pool", "first", "last"), [*ENDS[::2], *thorough_cases(ENDS[1::2])])
 def test_loop_that_ends_while_a_hint_is_sent_leaves_nothing_behind(
     direct_url: str, driver: str, pool: type[Pool], first: str, last: str
@@ -245,6 +246,7 @@ def test_each_event_loop_sends_its_own(direct_url: str, ear: Ear, driver: str) -
     asyncio.run(start())
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_sender_keeps_no_engine(direct_url: str, ear: Ear) -> None:
     engine = create_engine(direct_url)
     commit_hint(engine, "q:mail")

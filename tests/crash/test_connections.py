@@ -79,15 +79,15 @@ def terminate_others(engine: Engine) -> int:
 def test_terminated_backends_lose_nothing_and_repeat_nothing(database_url: str, engine: Engine, driver: str) -> None:
     # behaviour: T4 E8
     chance = random.Random(7)
-    ledger.start(engine, ["sync", "async"] * 40)
+    ledger.start(engine, ["sync", "async"] * 20)
     terminated = 0
     with working(database_url, driver, concurrency=10, lease=timedelta(seconds=2)):
-        for _ in range(15):
+        for _ in range(10):
             threading.Event().wait(chance.uniform(0.01, 0.08))
             terminated += terminate_others(engine)
             ledger.start(engine, ["sync", "async"])
         ledger.wait_until_finished(engine)
-    assert terminated > 15
+    assert terminated > 10
     ledger.check_transfers(engine)
 
 

@@ -471,6 +471,7 @@ def kept_by_nobody() -> type:
     return kind
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_classes_made_in_functions_are_garbage_collected() -> None:
     alive: weakref.WeakSet[type] = weakref.WeakSet()
     for _ in range(600):

@@ -44,11 +44,13 @@ def _first_column(text: str) -> frozenset[str]:
     return frozenset(word.strip() for row in rows for word in row.split(","))
 
 
+@cache
 def spoken(name: str) -> str:
     """Return the words of a name: `take_over` and `TakeOver` are "take over"."""
     return " ".join(re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)).lower()
 
 
+@cache
 def words_in(text: str, words: frozenset[str]) -> list[str]:
     text = text.lower()
     if _beginnings(words).isdisjoint(re.findall(r"[\w-]+", text)):  # nearly always, and a fifth of the time

@@ -117,6 +117,7 @@ async def test_a_workflow_takes_few_calls(
     assert sum(each.values()) <= most, each
 
 
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("workflow", [one_step, one_step_in_thread], ids=["async", "def"])
 async def test_a_workflow_leaves_nothing_to_the_garbage_collector(
     engine: Engine,

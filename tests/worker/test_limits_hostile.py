@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqla_durable import Worker, Workflow, WorkflowStatus, manage
 from tests.acceptance.shells import POLL
+from tests.support.sampling import thorough_cases
 from tests.worker.test_hostile_rows import REFUSED, curse, durable, ended, hostile_rows, insert, start_well
 
 SETTINGS: list[dict[str, Any]] = [
@@ -24,6 +25,10 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+SLOTS = pytest.mark.parametrize("slots", [8, *thorough_cases([1])])
+"""With one slot each claim takes one row."""
+
+
 @pytest.fixture(params=SETTINGS, ids=str)
 def settings(session_factory: sessionmaker[Session], request: pytest.FixtureRequest) -> dict[str, Any]:
     """The settings of the queue `default`."""
@@ -34,7 +39,7 @@ def settings(session_factory: sessionmaker[Session], request: pytest.FixtureRequ
 
 
 @pytest.mark.usefixtures("settings")
-@pytest.mark.parametrize("slots", [1, 8])
+@SLOTS
 def test_rows_that_no_claim_can_read_fail_alone(
     engine: Engine, session_factory: sessionmaker[Session], slots: int
 ) -> None:
@@ -49,7 +54,7 @@ def test_rows_that_no_claim_can_read_fail_alone(
     assert {errors[each]["type"] for each in columns} == {REFUSED}
 
 
-@pytest.mark.parametrize("slots", [1, 8])
+@SLOTS
 def test_what_cannot_even_be_failed_keeps_no_place(
     engine: Engine, session_factory: sessionmaker[Session], settings: dict[str, Any], slots: int
 ) -> None:
