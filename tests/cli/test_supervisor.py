@@ -8,6 +8,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +45,8 @@ for line in test.makefile():
         os.read(open_while_it_runs, 1)
     if word in ("serve", "stay"):
         link.send(b"r")
+    if word == "report":
+        link.send(given[0].encode())
     if word == "serve":
         link.recv(1)
         os._exit(0)
@@ -50,7 +54,9 @@ for line in test.makefile():
 SUBREAPER = 36  # prctl(2)
 
 
-def supervise(count: int, port: int, program: str, stop_within: float, pause: float, sent: Connection) -> None:
+def supervise(
+    count: int, port: int, program: str, stop_within: float, pause: float, silence: float, sent: Connection
+) -> None:
     """Be the supervisor, like process 1 of a container; send the log, and end with the exit code."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
@@ -63,7 +69,19 @@ def supervise(count: int, port: int, program: str, stop_within: float, pause: fl
     def command(link: int, number: int) -> list[str]:
         return [program, "-S", "-E", "-c", PROGRAM, str(link), str(number), str(port)]
 
-    sys.exit(Supervisor(command, count, stop_within=stop_within, pause=pause).run())
+    made = Supervisor(command, count, stop_within=stop_within, pause=pause, longest_silence=silence)
+    threading.Thread(target=report_changes, args=(made, sent), daemon=True).start()
+    sys.exit(made.run())
+
+
+def report_changes(made: Supervisor, sent: Connection) -> None:
+    """Send what probes would be told, each time that it changes."""
+    before = None
+    while True:
+        if (found := (made.all_answer, made.all_serve)) != before:
+            sent.send(f"live: {found[0]}, ready: {found[1]}")
+            before = found
+        time.sleep(0.01)
 
 
 @dataclass
@@ -95,12 +113,14 @@ class Program:
 class Running:
     """A supervisor, and the programs that call from under it."""
 
-    def __init__(self, count: int, calls: socket.socket, program: str, stop_within: float, pause: float) -> None:
+    def __init__(
+        self, count: int, calls: socket.socket, program: str, stop_within: float, pause: float, silence: float
+    ) -> None:
         self.calls = calls
         self.programs: list[Program] = []
         self._log, sent = forked.Pipe(duplex=False)
         port = calls.getsockname()[1]
-        self.process = forked.Process(target=supervise, args=(count, port, program, stop_within, pause, sent))
+        self.process = forked.Process(target=supervise, args=(count, port, program, stop_within, pause, silence, sent))
         self.process.start()
         sent.close()
 
@@ -160,9 +180,15 @@ class Start:
         self.all: list[Running] = []
 
     def __call__(
-        self, count: int = 2, *, program: str = sys.executable, stop_within: float = 30, pause: float = 0.01
+        self,
+        count: int = 2,
+        *,
+        program: str = sys.executable,
+        stop_within: float = 30,
+        pause: float = 0.01,
+        silence: float = 60,
     ) -> Running:
-        self.all.append(Running(count, self.calls, program, stop_within, pause))
+        self.all.append(Running(count, self.calls, program, stop_within, pause, silence))
         return self.all[-1]
 
 
@@ -183,6 +209,23 @@ def test_signal_stops_all_in_good_order(start: Start, number: signal.Signals) ->
     running.send(number)
     assert running.exit_code() == 0
     assert not any(each.runs() for each in programs)
+
+
+def test_probes_are_told_what_the_processes_report(start: Start) -> None:
+    running = start(1)
+    program = running.accept()
+    program.do("stay")
+    running.logged("live: True, ready: True")
+    program.do("report w")
+    running.logged("live: True, ready: False")
+    program.do("report r")
+    running.logged("live: True, ready: True")
+
+
+def test_a_process_that_reports_nothing_for_too_long_does_not_answer(start: Start) -> None:
+    running = start(1, silence=0)
+    running.accept().do("stay")
+    running.logged("live: False, ready: True")
 
 
 @pytest.mark.parametrize("code", [1, 2])

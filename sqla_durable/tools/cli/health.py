@@ -1,8 +1,7 @@
 """What a worker process answers to those who watch it: probes over HTTP, and systemd.
 
-`/live` says that the process is not stuck, and `/ready` that it claims and executes; of a supervisor, that it answers,
-and that all its processes have begun to serve. The server has a thread of its own, so that it can say that the event
-loop does not answer.
+`/live` says that the process is not stuck, and `/ready` that it claims and executes; of a supervisor, that this is so
+of all its processes. The server has a thread of its own, so that it can say that the event loop does not answer.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ def connect(link: Link, worker: Worker, opened: Sessionmakers, count: int) -> No
         worker.stop()
 
     def report(_: object) -> None:
-        link.report_serving()
+        link.report()
+        link.keep_reporting(answers=worker.responds, serves=lambda: worker.is_serving)
         if link.number == 1:  # one warning is enough
             tasks.append(asyncio.get_running_loop().create_task(check_connections(opened, count)))
 

@@ -1,8 +1,9 @@
 """`worker --processes N`: how many processes that is, the supervisor of them, and their link to it.
 
 `Supervisor` starts worker processes and replaces those that end; it knows neither workflows nor the database. A socket
-connects it with the `Link` of each process: that sends a byte when its worker serves, and lets the worker stop in good
-order when it receives one, or when the socket is closed because the supervisor was killed.
+connects it with the `Link` of each process: that sends a byte when its worker serves, and every few seconds while its
+event loop answers; and it lets the worker stop in good order when it receives one, or when the socket is closed because
+the supervisor was killed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _LONGEST_PAUSE = 60.0
 _STEADY = 60.0  # seconds after which the end of a process is the first failure again
 _STAGGER = 0.1  # seconds between two starts
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-_SERVES, _STOP = b"r", b"s"  # what the two ends send; any other byte would do
+_SERVES, _WAITS, _STOP = b"r", b"w", b"s"  # what the two ends send
+_BETWEEN_REPORTS = 5.0
+_LONGEST_SILENCE = 15.0  # seconds
 
 
 def process_count(wanted: str) -> int:
@@ -100,10 +103,21 @@ class Link:
         signal.signal(signal.SIGHUP, _ignore)  # where it is sent to all processes, it concerns the supervisor
         threading.Thread(target=self._wait, name="sqla-durable link", daemon=True).start()
 
-    def report_serving(self) -> None:
-        """Report to the supervisor that the worker of this process serves."""
+    def report(self, *, serves: bool = True) -> None:
+        """Report to the supervisor that the worker of this process answers, and whether it serves."""
         with suppress(OSError):  # it has ended
-            self._socket.send(_SERVES)
+            self._socket.send(_SERVES if serves else _WAITS)
+
+    def keep_reporting(self, *, answers: Callable[[], bool], serves: Callable[[], bool]) -> None:
+        """Report every few seconds from now on, in a thread, as long as the worker answers."""
+
+        def report() -> None:
+            while True:
+                time.sleep(_BETWEEN_REPORTS)
+                if answers():
+                    self.report(serves=serves())
+
+        threading.Thread(target=report, name="sqla-durable reports", daemon=True).start()
 
     def _wait(self) -> None:
         received = b""
@@ -120,11 +134,17 @@ class _Process:
     process: subprocess.Popen[bytes]
     link: socket.socket
     started_at: float = field(default_factory=time.monotonic)
-    serves: bool = False
+    reported_at: float | None = None  # the last time, once it has served
+    is_ready: bool = False  # as it said then
     kill_at: float | None = None  # once it was asked to stop
 
     def __str__(self) -> str:
         return f"worker process {self.place.number} ({self.process.pid})"
+
+    @property
+    def serves(self) -> bool:
+        """Whether it has ever served."""
+        return self.reported_at is not None
 
     def stop(self, seconds: float) -> None:
         """Ask it to stop, once, and give it this time."""
@@ -158,6 +178,7 @@ class Supervisor:
         count: how many there are.
         stop_within: how many seconds a process that is stopped may take, before it is killed.
         pause: seconds before a process that has ended is replaced; doubled each time it ends soon again.
+        longest_silence: for how many seconds a process that answers may report nothing.
         on_ready: called when all of them serve for the first time.
     """
 
@@ -168,12 +189,14 @@ class Supervisor:
         *,
         stop_within: float,
         pause: float = FIRST_PAUSE,
+        longest_silence: float = _LONGEST_SILENCE,
         on_ready: Callable[[], object] = lambda: None,
     ) -> None:
         self._command = command
         self._places = [_Place(number + 1) for number in range(count)]
         self._time_to_stop = stop_within
         self._first_pause = pause
+        self._longest_silence = longest_silence
         self._on_ready: Callable[[], object] | None = on_ready
         self._processes: dict[int, _Process] = {}
         self._selector = selectors.DefaultSelector()
@@ -279,11 +302,17 @@ class Supervisor:
     def _on_message(self, process: _Process) -> None:
         message = b""
         with suppress(OSError):
-            message = process.link.recv(1)
+            message = process.link.recv(1_000)
         if not message:  # it is ending
             self._selector.unregister(process.link)
             return
-        self._has_served = process.serves = True
+        served_before, process.reported_at = process.serves, time.monotonic()
+        process.is_ready = message.endswith(_SERVES)
+        if not served_before:
+            self._on_serving(process)
+
+    def _on_serving(self, process: _Process) -> None:
+        self._has_served = True
         place = process.place
         log.info("%s serves", process)
         if place.successor is process:
@@ -392,7 +421,14 @@ class Supervisor:
     @property
     def all_serve(self) -> bool:
         """Whether a process serves in each place, and nothing is being stopped. Callable from any thread."""
-        return self._code is None and all(each.current is not None and each.current.serves for each in self._places)
+        return self._code is None and all(each.current is not None and each.current.is_ready for each in self._places)
+
+    @property
+    def all_answer(self) -> bool:
+        """Whether all that have served report that their event loops answer. Callable from any thread."""
+        earliest = time.monotonic() - self._longest_silence
+        known = [each for each in [*self._processes.values()] if each.kill_at is None]
+        return not any(each.reported_at is not None and each.reported_at < earliest for each in known)
 
     @property
     def _serves(self) -> bool:

@@ -191,7 +191,7 @@ def _supervise(count: int, *, grace: timedelta, log_level: str, health_port: int
     _set_up_logging(log_level)
     stop_within = (grace + _TIME_AFTER_GRACE).total_seconds()
     supervisor = Supervisor(worker_command, count, stop_within=stop_within, on_ready=announce)
-    with watched(health_port, is_live=lambda: True, is_ready=lambda: supervisor.all_serve):
+    with watched(health_port, is_live=lambda: supervisor.all_answer, is_ready=lambda: supervisor.all_serve):
         return supervisor.run()
 
 
