@@ -22,12 +22,14 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from sqla_durable.definitions.interceptors import Execution, Interceptor, Start
 from sqla_durable.definitions.log import worker_name
+from sqla_durable.definitions.registry import StepDefinition
 from sqla_durable.operations.attempt import Attempt
 from sqla_durable.operations.calls import StepCall
 from sqla_durable.runtime.context import Context as AmbientContext
 from sqla_durable.runtime.context import active, current
 from sqla_durable.telemetry.ends import add_error, error_type_of, outcome_of, unwinding_of
 from sqla_durable.telemetry.gauges import QUEUE
+from sqla_durable.telemetry.guarding import guarded, guarded_context
 from sqla_durable.telemetry.instruments import OUTCOME, STEP, WORKFLOW, Instruments
 
 QUEUE_HEADER = "sqla_durable.queue"
@@ -47,7 +49,7 @@ class Telemetry(Interceptor):
 
     Make one for the process; several `Durable` objects may share it. A step's span is a child of its attempt's, which
     is a child of the start's span in every process. An attempt that continues what this process has executed before is
-    linked to that span.
+    linked to that span. What OpenTelemetry or a processor of yours raises is logged, and fails no workflow.
 
     Args:
         tracer_provider: makes the spans; by default the global one.
@@ -68,6 +70,7 @@ class Telemetry(Interceptor):
         self._carried = tuple(carry_baggage)
         self._previous: OrderedDict[UUID, SpanContext] = OrderedDict()
 
+    @guarded
     def prepare(self, start: Start, headers: dict[str, str]) -> None:
         """Make the span of a start, and let the workflow keep its context."""
         attributes = {
@@ -86,6 +89,62 @@ class Telemetry(Interceptor):
     def workflow(self, execution: Execution) -> Generator[None]:
         """Make the span of an attempt the current one."""
         attempt = cast("AmbientContext", active()).attempt
+        begun = self._begin_attempt(execution, attempt)
+        ending: BaseException | None = None
+        began = time.perf_counter()
+        token = context.attach(begun)
+        try:
+            yield
+        except BaseException as error:
+            ending = error
+            raise
+        finally:
+            context.detach(token)
+            span = trace.get_current_span(begun)
+            self._end_attempt(span, execution, attempt, ending, time.perf_counter() - began)
+
+    @contextmanager
+    def step(self, execution: Execution) -> Generator[None]:
+        """Make the span of a try of a step the current one."""
+        attempt, called = cast("AmbientContext", active()).attempt, cast("AmbientContext", active()).step
+        definition = cast("StepCall", called).definition
+        begun = self._begin_step(execution, definition)
+        ending: BaseException | None = None
+        began = time.perf_counter()
+        token = context.attach(begun)
+        try:
+            yield
+        except BaseException as error:
+            ending = error
+            raise
+        finally:
+            context.detach(token)
+            seconds = time.perf_counter() - began
+            self._end_step(trace.get_current_span(begun), execution, definition.name, attempt, ending, seconds)
+
+    @guarded
+    def finished(self, execution: Execution, status: str) -> None:
+        """Measure the whole workflow, and with that count its outcome."""
+        self._previous.pop(execution.workflow_id, None)
+        self.instruments.finish(execution.workflow, status, _age(execution.workflow_id))
+
+    @contextmanager
+    def signal(self, name: str, workflow_ids: Sequence[UUID]) -> Generator[None]:
+        """Make the span of a signal that is sent."""
+        begun = self._begin_signal(name, workflow_ids)
+        ending: BaseException | None = None
+        token = context.attach(begun)
+        try:
+            yield
+        except BaseException as error:
+            ending = error
+            raise
+        finally:
+            context.detach(token)
+            _end_signal(trace.get_current_span(begun), ending)
+
+    @guarded_context
+    def _begin_attempt(self, execution: Execution, attempt: Attempt) -> Context:
         is_first = execution.attempt == 1 and not attempt.is_replaying
         if is_first:
             self.instruments.begin(execution.workflow, _age(execution.workflow_id))
@@ -99,25 +158,10 @@ class Telemetry(Interceptor):
         span = self._tracer.start_span(
             f"execute {execution.workflow}", parent, SpanKind.CONSUMER, attributes, links=links
         )
-        ending: BaseException | None = None
-        began = time.perf_counter()
-        token = context.attach(trace.set_span_in_context(span, parent))
-        try:
-            yield
-        except BaseException as error:
-            ending = error
-            raise
-        finally:
-            context.detach(token)
-            outcome = outcome_of(attempt, ending)
-            self._end_attempt(span, execution, attempt, outcome, ending)
-            self.instruments.attempt(execution.workflow, outcome, time.perf_counter() - began)
+        return trace.set_span_in_context(span, parent)
 
-    @contextmanager
-    def step(self, execution: Execution) -> Generator[None]:
-        """Make the span of a try of a step the current one."""
-        attempt, called = cast("AmbientContext", active()).attempt, cast("AmbientContext", active()).step
-        definition = cast("StepCall", called).definition
+    @guarded_context
+    def _begin_step(self, execution: Execution, definition: StepDefinition) -> Context:
         attributes: dict[str, Any] = {
             **_of_workflow(execution.workflow_id, execution.workflow, execution.attempt),
             STEP: definition.name,
@@ -125,34 +169,30 @@ class Telemetry(Interceptor):
             "sqla_durable.step.try": execution.try_number,
             "sqla_durable.step.session": definition.session.value,
         }
-        span = self._tracer.start_span(f"step {definition.name}", attributes=attributes)
-        failure: BaseException | None = None
-        began = time.perf_counter()
-        token = context.attach(trace.set_span_in_context(span))
-        try:
-            yield
-        except BaseException as error:
-            unwound = unwinding_of(attempt, error)
-            if unwound is None:
-                failure = error
-                add_error(span, error, details=attempt.options.errors.details)
-            else:
-                span.set_attribute(OUTCOME, unwound)
-            raise
-        finally:
-            context.detach(token)
-            span.end()
-            error_type = None if failure is None else error_type_of(failure)
-            self.instruments.step(execution.workflow, definition.name, time.perf_counter() - began, error_type)
+        return trace.set_span_in_context(self._tracer.start_span(f"step {definition.name}", attributes=attributes))
 
-    def finished(self, execution: Execution, status: str) -> None:
-        """Measure the whole workflow, and with that count its outcome."""
-        self._previous.pop(execution.workflow_id, None)
-        self.instruments.finish(execution.workflow, status, _age(execution.workflow_id))
+    @guarded
+    def _end_step(
+        self,
+        span: Span,
+        execution: Execution,
+        name: str,
+        attempt: Attempt,
+        ending: BaseException | None,
+        seconds: float,
+    ) -> None:
+        unwound = None if ending is None else unwinding_of(attempt, ending)
+        failure = ending if unwound is None else None
+        if failure is not None:
+            add_error(span, failure, details=attempt.options.errors.details)
+        elif unwound is not None:
+            span.set_attribute(OUTCOME, unwound)
+        span.end()
+        error_type = None if failure is None else error_type_of(failure)
+        self.instruments.step(execution.workflow, name, seconds, error_type)
 
-    @contextmanager
-    def signal(self, name: str, workflow_ids: Sequence[UUID]) -> Generator[None]:
-        """Make the span of a signal that is sent."""
+    @guarded_context
+    def _begin_signal(self, name: str, workflow_ids: Sequence[UUID]) -> Context:
         one = str(workflow_ids[0]) if len(workflow_ids) == 1 else None
         attributes = _messaging("signal", "send", one, None)
         if one is None:
@@ -162,18 +202,8 @@ class Telemetry(Interceptor):
         attributes["sqla_durable.signal.name"] = name
         if (sender := current()) is not None:
             attributes |= _of_workflow(sender.workflow_id, sender.workflow, sender.attempt)
-        with self._tracer.start_as_current_span(
-            f"signal {name}",
-            kind=SpanKind.PRODUCER,
-            attributes=attributes,
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            try:
-                yield
-            except BaseException as error:  # the text of a database's error has the payload
-                add_error(span, error, details=False)
-                raise
+        span = self._tracer.start_span(f"signal {name}", kind=SpanKind.PRODUCER, attributes=attributes)
+        return trace.set_span_in_context(span)
 
     def _parent_and_links(self, execution: Execution) -> tuple[Context, list[Link]]:
         """Return the context of the start, with its baggage; and the attempt here that this one continues.
@@ -194,9 +224,11 @@ class Telemetry(Interceptor):
             links.append(Link(before, {"sqla_durable.link": "continues"}))
         return parent, links
 
+    @guarded
     def _end_attempt(
-        self, span: Span, execution: Execution, attempt: Attempt, outcome: str, ending: BaseException | None
+        self, span: Span, execution: Execution, attempt: Attempt, ending: BaseException | None, seconds: float
     ) -> None:
+        outcome = outcome_of(attempt, ending)
         span.set_attribute(OUTCOME, outcome)
         if ending is not None and outcome in ("failed", "crashed"):
             add_error(span, ending, details=attempt.options.errors.details)
@@ -205,6 +237,7 @@ class Telemetry(Interceptor):
             if len(self._previous) > _MOST_PREVIOUS:
                 self._previous.popitem(last=False)
         span.end()
+        self.instruments.attempt(execution.workflow, outcome, seconds)
 
     def _chosen_baggage(self, given: Context, base: Context) -> Context:
         """Return `base` with those entries of the baggage that workflows keep."""
@@ -213,6 +246,13 @@ class Telemetry(Interceptor):
             if value is not None:
                 base = baggage.set_baggage(name, value, base)
         return base
+
+
+@guarded
+def _end_signal(span: Span, ending: BaseException | None) -> None:
+    if ending is not None:
+        add_error(span, ending, details=False)  # the text of a database's error has the payload
+    span.end()
 
 
 def _messaging(operation: str, kind: str, message_id: str | None, queue: str | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from uuid import UUID
 import pytest
 import tenacity
 from opentelemetry import baggage, context
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 from opentelemetry.trace import SpanKind, StatusCode
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import DBAPIError
@@ -317,3 +317,60 @@ def test_a_signal_that_the_database_refuses_leaves_no_payload_in_its_span(engine
     said = f"{[dict(each.attributes or {}) for each in span.events]} {span.status.description}"
     assert "refused" in said
     assert "4111-secret" not in said
+
+
+class Failing(SpanProcessor):
+    """A processor of an application that always raises."""
+
+    def __init__(self) -> None:
+        self.called: Counter[str] = Counter()
+
+    def on_start(self, span: Span, parent_context: context.Context | None = None) -> None:
+        self.called["start"] += 1
+        raise RuntimeError("no memory for spans")
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self.called["end"] += 1
+        raise RuntimeError("no memory for spans")
+
+
+class FailingAtEnd(Failing):
+    def on_start(self, span: Span, parent_context: context.Context | None = None) -> None:
+        """Accept it."""
+
+
+@pytest.mark.parametrize("kind", [Failing, FailingAtEnd])
+def test_what_fails_in_telemetry_fails_no_workflow(
+    collected: Collected,
+    session_factory: Sessions,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Failing],
+) -> None:
+    monkeypatch.setattr("sqla_durable.telemetry.guarding._warned", False)
+    failing = kind()
+    collected.tracer_provider.add_span_processor(failing)
+    durable = traced(collected)
+    written: list[str] = []
+
+    @durable.step
+    def book(session: Session, account: str) -> str:
+        session.add(Entry(account=account, cents=1))
+        written.append(account)
+        return account
+
+    @durable.workflow
+    def order(account: str) -> str:
+        return book(account)
+
+    with session_factory() as session:
+        made = order.start(session, "ada").id
+        send_signal(session, made, "noted", 1)
+        session.commit()
+        assert Executor(session).execute(order, made) == "ada"
+        session.commit()
+        assert session.scalars(select(Entry.account)).all() == written == ["ada"]
+    assert failing.called["end"] >= (3 if kind is FailingAtEnd else 0)
+    (warning,) = [each for each in caplog.records if each.name == "sqla_durable.telemetry"]
+    assert "telemetry has failed, the workflow has not" in warning.message
+    assert "no memory for spans" in warning.message
