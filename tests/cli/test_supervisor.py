@@ -75,7 +75,7 @@ def supervise(
 
 
 def report_changes(made: Supervisor, sent: Connection) -> None:
-    """Send what probes would be told, each time that it changes."""
+    """Send what probes would answer, each time that it changes."""
     before = None
     while True:
         if (found := (made.all_answer, made.all_serve)) != before:
@@ -211,7 +211,7 @@ def test_signal_stops_all_in_good_order(start: Start, number: signal.Signals) ->
     assert not any(each.runs() for each in programs)
 
 
-def test_probes_are_told_what_the_processes_report(start: Start) -> None:
+def test_probes_answer_what_the_processes_report(start: Start) -> None:
     running = start(1)
     program = running.accept()
     program.do("stay")
