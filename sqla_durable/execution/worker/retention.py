@@ -75,18 +75,20 @@ class Retention:
                 await asyncio.sleep(_PAUSE)
 
     async def execute(self) -> Batch | None:
-        """Execute a batch for a policy that is due, in one transaction; None if there is none.
+        """Execute a batch for a policy that is due, in one transaction; None if there is none, or it fails.
 
-        If it fails, the next one is of one workflow; if that fails too, the walk passes it over.
+        After it has failed, the next one is of one workflow; if that fails too, the walk passes it over.
         """
         self._taken.clear()
         began = time.monotonic()
         try:
             batch = await self._transactions.execute(self._prune)
         except (DBAPIError, OSError) as error:
-            for policy in self._taken if not is_outage(error) else ():
-                await self._yield_to_failure(policy)
-            raise
+            if is_outage(error) or not self._taken:
+                raise
+            for policy in self._taken:
+                await self._yield_to_failure(policy, error)
+            return None
         if batch is not None:
             self._adapt(batch, time.monotonic() - began)
         return batch
@@ -101,10 +103,13 @@ class Retention:
             log.debug("retention %r: %d deleted, %d refused", policy.name, batch.deleted, batch.refused)
         return batch
 
-    async def _yield_to_failure(self, policy: str) -> None:
+    async def _yield_to_failure(self, policy: str, error: Exception) -> None:
+        reason = first_line(error)
         if self._limit == 1:
             passed = await self._transactions.execute(partial(skip_one, name=policy))
-            log.error("retention %r: workflow %s cannot be deleted now, and is passed over", policy, passed)
+            log.error("retention %r: workflow %s cannot be deleted now, and is passed over: %s", policy, passed, reason)
+        else:
+            log.info("retention %r: %s; the next batch is of one workflow", policy, reason)
         self._limit = 1
 
     def _adapt(self, batch: Batch, seconds: float) -> None:
