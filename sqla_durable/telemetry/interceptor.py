@@ -73,17 +73,17 @@ class Telemetry(Interceptor):
     @guarded
     def prepare(self, start: Start, headers: dict[str, str]) -> None:
         """Make the span of a start, and let the workflow keep its context."""
+        headers[QUEUE_HEADER] = start.queue
+        self.instruments.start(start.workflow, start.queue)
         attributes = {
             **_messaging("start", "create", str(start.workflow_id), start.queue),
             **_of_workflow(start.workflow_id, start.workflow),
         }
         span = self._tracer.start_span(f"start {start.workflow}", kind=SpanKind.PRODUCER, attributes=attributes)
-        span.end()
         _TRACE.inject(headers, trace.set_span_in_context(span))
         if self._carried:
             _BAGGAGE.inject(headers, self._chosen_baggage(context.get_current(), Context()))
-        headers[QUEUE_HEADER] = start.queue
-        self.instruments.start(start.workflow, start.queue)
+        span.end()
 
     @contextmanager
     def workflow(self, execution: Execution) -> Generator[None]:
@@ -183,13 +183,12 @@ class Telemetry(Interceptor):
     ) -> None:
         unwound = None if ending is None else unwinding_of(attempt, ending)
         failure = ending if unwound is None else None
+        self.instruments.step(execution.workflow, name, seconds, None if failure is None else error_type_of(failure))
         if failure is not None:
             add_error(span, failure, details=attempt.options.errors.details)
         elif unwound is not None:
             span.set_attribute(OUTCOME, unwound)
         span.end()
-        error_type = None if failure is None else error_type_of(failure)
-        self.instruments.step(execution.workflow, name, seconds, error_type)
 
     @guarded_context
     def _begin_signal(self, name: str, workflow_ids: Sequence[UUID]) -> Context:
@@ -229,6 +228,7 @@ class Telemetry(Interceptor):
         self, span: Span, execution: Execution, attempt: Attempt, ending: BaseException | None, seconds: float
     ) -> None:
         outcome = outcome_of(attempt, ending)
+        self.instruments.attempt(execution.workflow, outcome, seconds)
         span.set_attribute(OUTCOME, outcome)
         if ending is not None and outcome in ("failed", "crashed"):
             add_error(span, ending, details=attempt.options.errors.details)
@@ -237,7 +237,6 @@ class Telemetry(Interceptor):
             if len(self._previous) > _MOST_PREVIOUS:
                 self._previous.popitem(last=False)
         span.end()
-        self.instruments.attempt(execution.workflow, outcome, seconds)
 
     def _chosen_baggage(self, given: Context, base: Context) -> Context:
         """Return `base` with those entries of the baggage that workflows keep."""

@@ -44,7 +44,7 @@ class CommandLine:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def __call__(self, *arguments: object, stdin: str | None = None) -> Done:
+    def __call__(self, *arguments: object, stdin: str | bytes | None = None) -> Done:
         result = CliRunner().invoke(app, [*map(str, arguments), "--url", self._url], input=stdin)
         error = result.exception
         if not isinstance(error, Exception):

@@ -153,6 +153,11 @@ def test_what_cannot_be_imported_is_refused_with_its_line(database_url: str, eng
     one = "1 workflow imported, of which 1 was unfinished and is cancelled: `resume` lets it go on.\n"
     assert orphan.out == one
     assert "No such file" in run("import", tmp_path / "nothing").err
+    damaged = bytearray(packed.read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    packed.write_bytes(damaged)
+    for done in (run("import", packed), run("import", "-", stdin=b"\xff\n")):
+        assert (done.code, done.err.startswith("sqla-durable: ")) == (2, True)
 
 
 def test_a_line_that_export_does_not_write_is_refused(
@@ -203,8 +208,11 @@ def test_the_same_id_twice_and_parents_in_a_circle_are_refused(
     assert (circle.code, "in - lead back to itself" in circle.err) == (2, True)
     assert run("list", "-q").out == ""
     lines[0]["workflow"]["parent_id"] = None
-    given = "\n".join(map(json.dumps, [*lines, lines[0]]))
+    again = lines[0] | {"workflow": lines[0]["workflow"] | {"parent_id": str(made[0])}}
+    given = "\n".join(map(json.dumps, [*lines, again]))
     assert run("import", "-", "--skip-existing", stdin=given).out.startswith("3 workflows imported")
+    with session_factory() as session:
+        assert session.get_one(Workflow, made[2]).parent_id is None  # as the first line has it
     with session_factory.begin() as session:  # what only SQL can write
         session.get_one(Workflow, made[2]).parent_id = made[0]
     shown = run("show", made[0])

@@ -69,7 +69,14 @@ def supervise(
     def command(link: int, number: int) -> list[str]:
         return [program, "-S", "-E", "-c", PROGRAM, str(link), str(number), str(port)]
 
-    made = Supervisor(command, count, stop_within=stop_within, pause=pause, longest_silence=silence)
+    made = Supervisor(
+        command,
+        count,
+        stop_within=stop_within,
+        pause=pause,
+        longest_silence=silence,
+        on_ready=lambda: sent.send("ready: it is said"),
+    )
     threading.Thread(target=report_changes, args=(made, sent), daemon=True).start()
     sys.exit(made.run())
 
@@ -222,10 +229,23 @@ def test_probes_answer_what_the_processes_report(start: Start) -> None:
     running.logged("live: True, ready: True")
 
 
+def test_supervisor_is_ready_once_all_are_whoever_was_first(start: Start) -> None:
+    running = start(2)
+    first = running.accept()
+    first.do("stay")
+    second = running.accept()
+    first.do("report w")
+    second.do("stay")
+    for _ in range(2):
+        running.logged("serves")
+    first.do("report r")
+    running.logged("ready: it is said")
+
+
 def test_a_process_that_reports_nothing_for_too_long_does_not_answer(start: Start) -> None:
     running = start(1, silence=0)
     running.accept().do("stay")
-    running.logged("live: False, ready: True")
+    running.logged("live: False, ready: False")
 
 
 @pytest.mark.parametrize("code", [1, 2])

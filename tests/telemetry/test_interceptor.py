@@ -371,6 +371,10 @@ def test_what_fails_in_telemetry_fails_no_workflow(
         session.commit()
         assert session.scalars(select(Entry.account)).all() == written == ["ada"]
     assert failing.called["end"] >= (3 if kind is FailingAtEnd else 0)
+    assert {"sqla_durable.workflows.started", "sqla_durable.step.duration"} <= collected.metrics().keys()
+    if kind is FailingAtEnd:  # the trace is whole
+        with session_factory() as session:
+            assert "traceparent" in (session.get_one(Workflow, made).headers or {})
     (warning,) = [each for each in caplog.records if each.name == "sqla_durable.telemetry"]
     assert "telemetry has failed, the workflow has not" in warning.message
     assert "no memory for spans" in warning.message

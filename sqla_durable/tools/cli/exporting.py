@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated
+from uuid import UUID
 
 import typer
 
@@ -48,8 +50,8 @@ def export(
             for line in histories(session, portion):
                 file.write(f"{line}\n")
                 number += 1
-            for each in portion:
-                missing.pop(each, None)
+                if missing:
+                    missing.pop(UUID(json.loads(line)["workflow"]["id"]), None)
             session.rollback()
     if output is not None:
         typer.echo(f"{counted(number)} exported to {output}.", err=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import sys
+import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import cache
@@ -55,6 +57,7 @@ def import_(
     """
     from sqlalchemy.exc import DBAPIError
 
+    from sqla_durable.definitions.database_errors import is_outage
     from sqla_durable.store import imports
 
     number = cancelled = 0
@@ -72,6 +75,8 @@ def import_(
                     imports.reserve_ids(session, done)
                     act.note_workflows(session, done.ids, "import", {"file": file.name})
             except DBAPIError as error:
+                if is_outage(error) or not new:
+                    raise
                 raise _refused(session, new, error, moment=moment, file=file, before=number) from None
             number, cancelled = number + len(done.ids), cancelled + done.cancelled
     if orphans:
@@ -126,7 +131,8 @@ def _link(session: Session, portion: Sequence[_Line], orphans: dict[UUID, list[U
     """
     from sqla_durable.store import imports
 
-    parents = {each.id: each.parent_id for each in portion if each.parent_id is not None}
+    firsts = {each.id: each for each in reversed(portion)}  # of an id that comes twice the first line is inserted
+    parents = {each.id: each.parent_id for each in firsts.values() if each.parent_id is not None}
     there = imports.existing(session, [*{*parents.values()}])
     for child, parent in parents.items():
         if parent not in there:
@@ -241,11 +247,12 @@ def _refuse_unknown(given: dict[str, Any], known: Set[str], *, of: str) -> None:
 
 @contextmanager
 def _opened(file: Path) -> Generator[IO[str]]:
-    if str(file) == "-":
-        yield sys.stdin
-        return
     try:
+        if str(file) == "-":
+            cast("io.TextIOWrapper", sys.stdin).reconfigure(encoding="utf-8", errors="strict")
+            yield sys.stdin
+            return
         with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
             yield cast("IO[str]", lines)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise CommandError(f"{file}: {error}.") from None

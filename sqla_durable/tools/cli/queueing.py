@@ -173,11 +173,15 @@ def _is_known(session: Session, name: str) -> bool:
     """Return whether a queue has anything unfinished in it, or a worker claims from it."""
     from sqlalchemy import select
 
+    from sqla_durable import Workflow, WorkflowStatus
     from sqla_durable.definitions.queues import fitting
     from sqla_durable.models import Worker
+    from sqla_durable.store.statements import status_literal
 
-    if any(_unfinished(session, name)):
-        return True
+    for each in (WorkflowStatus.PENDING, WorkflowStatus.RUNNING, WorkflowStatus.SUSPENDED):
+        found = select(Workflow.id).where(Workflow.queue == name, Workflow.status == status_literal(each)).limit(1)
+        if session.scalar(found) is not None:
+            return True
     patterns = [each for queues in session.scalars(select(Worker.queues)) for each in queues]
     return fitting(patterns).fullmatch(name) is not None
 

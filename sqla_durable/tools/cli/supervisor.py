@@ -310,6 +310,9 @@ class Supervisor:
         process.is_ready = message.endswith(_SERVES)
         if not served_before:
             self._on_serving(process)
+        if self._on_ready is not None and self.all_serve:
+            self._on_ready()
+            self._on_ready = None
 
     def _on_serving(self, process: _Process) -> None:
         self._has_served = True
@@ -317,9 +320,6 @@ class Supervisor:
         log.info("%s serves", process)
         if place.successor is process:
             self._promote(place)
-        if self._on_ready is not None and self.all_serve:
-            self._on_ready()
-            self._on_ready = None
 
     def _promote(self, place: _Place) -> None:
         """Let the successor take the place, and stop the process that it replaces."""
@@ -420,8 +420,9 @@ class Supervisor:
 
     @property
     def all_serve(self) -> bool:
-        """Whether a process serves in each place, and nothing is being stopped. Callable from any thread."""
-        return self._code is None and all(each.current is not None and each.current.is_ready for each in self._places)
+        """Whether a process answers and serves in each place, and nothing is stopped. Callable from any thread."""
+        serves = (each.current is not None and each.current.is_ready for each in self._places)
+        return self._code is None and self.all_answer and all(serves)
 
     @property
     def all_answer(self) -> bool:
