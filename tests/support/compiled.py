@@ -58,7 +58,7 @@ class SharedCache(MutableMapping[Key, Any]):
 
 def configuration(dialect: Dialect) -> Key:
     """Return what distinguishes a dialect from another of its class: its plain values, and who its functions are."""
-    return (type(dialect), *sorted((name, _comparable(value)) for name, value in vars(dialect).items()))
+    return (type(dialect), *sorted((name, _comparable(value)) for name, value in vars(dialect).copy().items()))
 
 
 def _comparable(value: object) -> Hashable:
