@@ -203,4 +203,6 @@ def _locked(session: Session, name: str) -> Any:
 
 
 def _unknown(name: str) -> UsageError:
-    return UsageError(f"there is no schedule {name!r} in this database: `sqla-durable schedules` lists those of it.")
+    return UsageError(
+        f"there is no schedule {name!r} in this database; `sqla-durable schedules` lists those that exist."
+    )

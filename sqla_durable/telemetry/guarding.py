@@ -49,5 +49,5 @@ def guarded_context(function: Callable[P, Context]) -> Callable[P, Context]:
 def _log_error() -> None:
     """Log the current error: the first of the process as a warning, since others follow with each span."""
     global _warned
-    log.log(logging.DEBUG if _warned else logging.WARNING, "telemetry has failed, the workflow has not", exc_info=True)
+    log.log(logging.DEBUG if _warned else logging.WARNING, "telemetry failed; no workflow is affected", exc_info=True)
     _warned = True

@@ -392,7 +392,7 @@ def test_the_command_prints_what_was_found_for_people_and_for_programs(direct_ur
     assert invoke("--ignore", "missing_index").exit_code == 0
     with pytest.raises(CommandError, match="--ignore 'fsink' is no finding: name one of schema_missing, "):
         CliRunner().invoke(app, ["doctor", "--ignore", "fsink"], catch_exceptions=False)
-    with pytest.raises(CommandError, match="--patience must be 0 to 365d, got 366d"):
+    with pytest.raises(CommandError, match="--patience must be between 0 and 365d, got 366d"):
         CliRunner().invoke(app, ["doctor", "--patience", "366d"], catch_exceptions=False)
 
 

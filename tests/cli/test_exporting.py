@@ -144,7 +144,9 @@ def test_what_cannot_be_imported_is_refused_with_its_line(database_url: str, eng
     renamed["workflow"] |= {"key": None, "status": "lost"}
     wrong = run("import", "-", stdin=json.dumps(renamed))
     assert ("line 1 of - cannot be imported: " in wrong.err, "--skip-existing" in wrong.err) == (True, False)
-    assert "0 workflows before it were imported. Nothing of its 50 lines, or after them, was imported." in wrong.err
+    assert (
+        "0 workflows before it were imported. Its group of 50 lines and all that follow were not imported." in wrong.err
+    )
     renamed["workflow"]["status"] = "pending"
     packed = tmp_path / "one.jsonl.gz"
     packed.write_bytes(gzip.compress(json.dumps(renamed).encode()))
@@ -172,14 +174,17 @@ def test_a_line_that_export_does_not_write_is_refused(
     row: dict[str, Any] = line["workflow"]
     wrong: list[tuple[Any, str]] = [
         ({}, "it has no 'format'"),
-        (1, "it is no JSON object"),
+        (1, "it is not a JSON object"),
         (line | {"format": 2}, "its format is 2, and this release reads 1"),
-        (line | {"workflow": 1}, "workflow has no JSON object"),
-        (line | {"later": []}, "the line has later, which this release does not know"),
-        (line | {"workflow": row | {"later": 1, "more": 1}}, "workflow has later, more, which"),
-        (line | {"steps": [{"key": "a", "later": 1}]}, "steps has later, which this release does not know"),
-        (line | {"steps": [1]}, "steps has no JSON object"),
-        (line | {"events": None}, "events is no list"),
+        (line | {"workflow": 1}, "workflow is not made of JSON objects"),
+        (line | {"later": []}, "the line has names that this release does not know: later."),
+        (
+            line | {"workflow": row | {"later": 1, "more": 1}},
+            "workflow has names that this release does not know: later, more.",
+        ),
+        (line | {"steps": [{"key": "a", "later": 1}]}, "steps has names that this release does not know: later."),
+        (line | {"steps": [1]}, "steps is not made of JSON objects"),
+        (line | {"events": None}, "events is not a list"),
         (line | {"workflow": row | {"parent_id": row["id"]}}, "it is its own parent"),
         ({each: line[each] for each in line.keys() - {"signals"}}, "it has no 'signals'"),
     ]
@@ -205,7 +210,7 @@ def test_the_same_id_twice_and_parents_in_a_circle_are_refused(
     for one, parent in zip(lines, [made[1], made[0], made[2]], strict=True):  # each is the next one's child
         one["workflow"]["parent_id"] = str(parent)
     circle = run("import", "-", stdin="\n".join(map(json.dumps, lines)))
-    assert (circle.code, "in - lead back to itself" in circle.err) == (2, True)
+    assert (circle.code, "in - is its own ancestor" in circle.err) == (2, True)
     assert run("list", "-q").out == ""
     lines[0]["workflow"]["parent_id"] = None
     again = lines[0] | {"workflow": lines[0]["workflow"] | {"parent_id": str(made[0])}}

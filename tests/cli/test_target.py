@@ -163,7 +163,7 @@ def test_other_schema_version_is_explained(
         (["--lease", "30"], "--lease '30' is no duration: write a number with a unit, such as 30s, 5m, 2h or 7d."),
         (["--poll-interval", "-1s"], "--poll-interval '-1s' is no duration"),
         (["--grace", "9999999999w"], "--grace '9999999999w' is no duration"),
-        (["--start-timeout", "366d"], "--start-timeout must be 0 to 365d, got 366d"),
+        (["--start-timeout", "366d"], "--start-timeout must be between 0 and 365d, got 366d"),
         (["--log-level", "loud"], "--log-level 'loud' is none of"),
         (["--concurrency", "0"], "Invalid value for '--concurrency'"),
     ],

@@ -90,7 +90,7 @@ def test_a_batch_that_fails_is_made_smaller_and_then_passed_over(
         for _ in range(2):
             assert await retention.execute() is None
             assert left(engine) == {first, second}
-        assert f"workflow {first} cannot be deleted now, is passed over: " in caplog.text
+        assert f"passing over workflow {first}, which cannot be deleted now: " in caplog.text
         batch = await retention.execute()
         assert batch is None, "it is due once the walk has passed over it"
         with engine.begin() as connection:

@@ -108,7 +108,9 @@ class Retention:
         if self._limit == 1:
             passed = await self._transactions.execute(partial(skip_one, name=policy))
             if passed is not None:  # else another worker is at it, or nothing is left
-                log.error("retention %r: workflow %s cannot be deleted now, is passed over: %s", policy, passed, reason)
+                log.error(
+                    "retention %r: passing over workflow %s, which cannot be deleted now: %s", policy, passed, reason
+                )
         else:
             log.info("retention %r: %s; the next batch is of one workflow", policy, reason)
         self._limit = 1

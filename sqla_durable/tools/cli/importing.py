@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _AT_ONCE = 50
 """How many workflows one transaction inserts."""
 _UNIQUE_VIOLATION = "23505"
-_NOT_IMPORTED = f"Nothing of its {_AT_ONCE} lines, or after them, was imported."
+_NOT_IMPORTED = f"Its group of {_AT_ONCE} lines and all that follow were not imported."
 _LINKED_AT_ONCE = 1_000
 
 
@@ -143,8 +143,8 @@ def _link(session: Session, portion: Sequence[_Line], orphans: dict[UUID, list[U
     while some := dict(islice(remaining, _LINKED_AT_ONCE)):
         if in_cycles := imports.link(session, some):
             raise CommandError(
-                f"the parents of workflow {in_cycles[0]} in {file} lead back to itself. No database of ours has such "
-                f"workflows: mend the lines, or leave one of them out. {_NOT_IMPORTED}"
+                f"workflow {in_cycles[0]} in {file} is its own ancestor: correct the parent_id in one of these lines, "
+                f"or leave one of them out. {_NOT_IMPORTED}"
             )
 
 
@@ -207,7 +207,7 @@ def _line(number: int, text: str) -> _Line:
 
     found: dict[str, Any] = json.loads(text)
     if not isinstance(found, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError("it is no JSON object")
+        raise TypeError("it is not a JSON object")
     if found["format"] != FORMAT:
         raise ValueError(f"its format is {found['format']!r}, and this release reads {FORMAT}")
     columns = _columns()
@@ -219,7 +219,7 @@ def _line(number: int, text: str) -> _Line:
     for each in columns.keys() - {"workflow"}:
         rows: list[dict[str, Any]] = found[each]
         if not isinstance(rows, list):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{each} is no list")
+            raise TypeError(f"{each} is not a list")
         for one in rows:
             _refuse_unknown(one, columns[each], of=each)
     own, parent = UUID(row["id"]), None if row.get("parent_id") is None else UUID(row["parent_id"])
@@ -240,9 +240,9 @@ def _columns() -> Mapping[str, Set[str]]:
 
 def _refuse_unknown(given: dict[str, Any], known: Set[str], *, of: str) -> None:
     if not isinstance(given, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{of} has no JSON object where one must be")
+        raise TypeError(f"{of} is not made of JSON objects")
     if unknown := sorted(given.keys() - known):
-        raise ValueError(f"{of} has {', '.join(unknown)}, which this release does not know")
+        raise ValueError(f"{of} has names that this release does not know: {', '.join(unknown)}")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def list_workflows(
         str | None, typer.Option("--after", metavar="ID", help="The last id of the page before: those that come next.")
     ] = None,
     watch: Annotated[
-        timedelta | None, duration_option("--watch", help="Print again so often: each 5s.", least="100ms")
+        timedelta | None, duration_option("--watch", help="Print again at this interval: 5s.", least="100ms")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from sqla_durable.tools.cli.acting import Act, parsed_json, parsed_object
 from sqla_durable.tools.cli.errors import CommandError
 from sqla_durable.tools.cli.filters import parsed_id, parsed_tags
 from sqla_durable.tools.cli.groups import grouped
-from sqla_durable.tools.cli.times import parsed_duration
+from sqla_durable.tools.cli.times import duration_option, parsed_duration
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -173,7 +174,7 @@ def update(
     *,
     key: _Key = None,
     wait: Annotated[
-        str | None, typer.Option("--wait", metavar="DURATION", help="Wait for the reply so long, and print it: 10s.")
+        timedelta | None, duration_option("--wait", help="Wait for the reply so long, and print it: 10s.")
     ] = None,
     act: Act,
 ) -> None:
@@ -182,7 +183,6 @@ def update(
     The exit code is 1 if it is rejected, or if there is no reply in time.
     """
     workflow_id, given = parsed_id(workflow), parsed_json("the payload", payload)
-    timeout = None if wait is None else parsed_duration("--wait", wait)
     with act.session() as session:
         from sqla_durable import send_update
         from sqla_durable.store.updates import receiver
@@ -195,10 +195,10 @@ def update(
                 act.note_workflows(session, [workflow_id], "update", {"update": name, "id": sent.id, "key": key})
         row: dict[str, Any] = {"verb": "update", "id": workflow_id, "update": name, "update_id": sent.id}
         row |= {"is_new": is_new}
-        if timeout is None:
+        if wait is None:
             done = "was sent" if is_new else "was sent before, with this key"
             act.print(f"Update {sent.id} {done}.", value=sent.id, **row)
             return
-        reply = sent.result(timeout)
+        reply = sent.result(wait)
     text = json.dumps(reply, ensure_ascii=False)
     act.print(text, value=text, **row, reply=reply)

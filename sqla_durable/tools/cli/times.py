@@ -16,7 +16,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
 
 
 _LONGEST = "365d"
-"""More than that is a mistake, and some of what waits cannot wait for so long."""
+"""A longer one is taken for a mistake."""
 
 
 def duration_option(name: str, *, help: str, default: timedelta | None = None, least: str = "0") -> Any:  # noqa: A002
@@ -34,7 +34,7 @@ def duration_option(name: str, *, help: str, default: timedelta | None = None, l
             return given
         found = parsed_duration(name, given)
         if not parsed_duration(name, least) <= found <= parsed_duration(name, _LONGEST):
-            raise CommandError(f"{name} must be {least} to {_LONGEST}, got {given}.")
+            raise CommandError(f"{name} must be between {least} and {_LONGEST}, got {given}.")
         return found
 
     shown = False if default is None else duration_text(default)
